@@ -15,30 +15,43 @@ Three choices of P, each scaled so that E‖P·z‖² = ‖z‖²:
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ._checks import check_fraction, check_integer, check_tensor
+from ._checks import check_fraction, check_generator, check_integer, check_tensor
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
     """H·x along the last axis, with H_1 = [1] and H_2p = [[H_p, H_p], [H_p, −H_p]].
 
     Shape (…, p) → (…, p), p a power of two. H·H = p·I, so ‖H·x‖² = p·‖x‖².
-    Cost O(p·log p) additions per row, no multiplication; differentiable.
-    Errors: ValueError unless p is a power of two. Source: Fino & Algazi 1976.
+    Cost O(p·log p): H_p = H_r ⊗ … ⊗ H_r, so with x laid out as a (p/r)×r table one small product
+    transforms the last factor, and the transpose brings the next one to the end. Differentiable.
+    Errors: ValueError unless p is a power of two; TypeError for anything but a tensor of numbers.
+    Source: Fino & Algazi 1976.
     """
+    if not isinstance(x, Tensor) or x.dtype == torch.bool:
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
+        raise TypeError(f"x must be a torch.Tensor of numbers, got {got}; use torch.as_tensor(x).double()")
     p = x.shape[-1] if x.ndim else 0
     if p < 1 or p & (p - 1):
         raise ValueError(f"the last axis has length {p}; pad it to {1 << p.bit_length()}, a power of two")
-    shape, half = x.shape, 1
-    while half < p:
-        a, b = x.reshape(*shape[:-1], p // (2 * half), 2, half).unbind(-2)
-        x = torch.stack((a + b, a - b), dim=-2)
-        half *= 2
-    return x.reshape(shape)
+    shape, left = x.shape, p
+    while left > 1:
+        r = min(left, 32)
+        x = (x.reshape(*shape[:-1], p // r, r) @ _hadamard(r).to(x)).mT.reshape(shape)
+        left //= r
+    return x
+
+
+def _hadamard(r: int) -> Tensor:
+    H = torch.ones(1, 1)
+    while len(H) < r:
+        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), H)
+    return H
 
 
 class Projection(nn.Module):
@@ -46,13 +59,24 @@ class Projection(nn.Module):
 
     Holds only buffers, nothing trainable. `generator` (a CPU generator) makes P reproducible;
     `dtype` is that of P and of the z it expects.
-    Errors: ValueError or TypeError unless 1 ≤ d ≤ D, both integers.
+    Errors: ValueError or TypeError unless 1 ≤ d ≤ D, both integers, the dtype is float32 or float64,
+    the generator is one, and the z given has d numbers along its last axis.
     """
 
-    def __init__(self, D: int, d: int):
+    def __init__(self, D: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.D = check_integer(D, "D", 1)
         self.d = check_integer(d, "d", 1, self.D, f"a subspace of {self.D} parameters has at most {self.D} dimensions")
+        check_generator(generator, torch.device("cpu"))
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype = {dtype!r} is unknown; choose torch.float32 or torch.float64 (then P.to another one)")
+
+    def check(self, z: Tensor) -> None:
+        """Refuse a z that is not d numbers along its last axis; Fastfood would stretch a single one."""
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}; convert it with torch.as_tensor(z)")
+        if z.ndim == 0 or z.shape[-1] != self.d:
+            raise ValueError(f"z has shape {tuple(z.shape)}; its last axis must hold the d = {self.d} numbers")
 
     def nbytes(self) -> int:
         """Memory that P takes, in bytes."""
@@ -69,7 +93,7 @@ class DenseProjection(Projection):
     """
 
     def __init__(self, D: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32):
-        super().__init__(D, d)
+        super().__init__(D, d, generator, dtype)
         P = torch.randn(self.D, self.d, generator=generator, dtype=dtype)
         self.register_buffer("P", self.normalise(P))
 
@@ -77,6 +101,7 @@ class DenseProjection(Projection):
         return P / P.norm(dim=0)
 
     def forward(self, z: Tensor) -> Tensor:
+        self.check(z)
         return z @ self.P.mT
 
 
@@ -102,7 +127,7 @@ class FastfoodProjection(Projection):
     """
 
     def __init__(self, D: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32):
-        super().__init__(D, d)
+        super().__init__(D, d, generator, dtype)
         p = 1 << (self.d - 1).bit_length()
         blocks = math.ceil(self.D / p)
         signs = torch.randint(0, 2, (blocks, p), generator=generator, dtype=dtype) * 2 - 1
@@ -110,9 +135,11 @@ class FastfoodProjection(Projection):
         gauss = torch.randn(blocks, p, generator=generator, dtype=dtype)
         self.register_buffer("signs", signs)
         self.register_buffer("order", order)
-        self.register_buffer("gauss", gauss * math.sqrt(p) / gauss.norm(dim=-1, keepdim=True))
+        length = gauss.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # randn can be 0: no 0/0 at p = 1
+        self.register_buffer("gauss", gauss * math.sqrt(p) / length)
 
     def forward(self, z: Tensor) -> Tensor:
+        self.check(z)
         p = self.signs.shape[-1]
         x = nn.functional.pad(z, (0, p - self.d))[..., None, :]  # (…, 1, p): one copy per block
         x = hadamard_transform(x * self.signs)
@@ -145,8 +172,11 @@ class RandomSubspace(nn.Module):
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if projection not in PROJECTIONS:
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}; "
+                "wrap functions and lists of layers in one"
+            )
+        if not isinstance(projection, str) or projection not in PROJECTIONS:
             raise ValueError(f"projection = {projection!r} is unknown; choose one of {', '.join(PROJECTIONS)}")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
@@ -203,15 +233,15 @@ def intrinsic_dimension(dimensions, scores, full_score: float, fraction: float =
     Source: Li et al. 2018 (d_int90 at fraction = 0.9).
     """
     fraction = check_fraction(fraction)
-    dims = torch.as_tensor(dimensions, dtype=torch.float64)
-    values = torch.as_tensor(scores, dtype=torch.float64)
+    dims, values = _numbers(dimensions, "dimensions"), _numbers(scores, "scores")
     if dims.ndim != 1 or dims.shape != values.shape:
         raise ValueError(f"{tuple(dims.shape)} dimensions and {tuple(values.shape)} scores; pass one score for each d")
     check_tensor(dims, "dimensions")
     check_tensor(values, "scores")
     if dims[0] <= 0 or (dims.diff() <= 0).any():
         raise ValueError(f"dimensions = {dims.tolist()} must be positive and rising; sort them, with their scores")
-    if not (math.isfinite(full_score) and full_score > 0):
+    is_number = isinstance(full_score, (Real, Tensor)) and not isinstance(full_score, bool)
+    if not (is_number and math.isfinite(full_score) and full_score > 0):
         raise ValueError(f"full_score = {full_score!r} must be a positive number, the score of training everything")
     threshold = fraction * float(full_score)
     reached = (values >= threshold).nonzero()
@@ -222,3 +252,10 @@ def intrinsic_dimension(dimensions, scores, full_score: float, fraction: float =
         return dims[0].item()
     share = (threshold - values[i - 1]) / (values[i] - values[i - 1])
     return math.exp(torch.lerp(dims[i - 1].log(), dims[i].log(), share).item())
+
+
+def _numbers(values, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} = {values!r} are not numbers; pass a list of numbers, one for each d") from None

@@ -17,12 +17,18 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_fraction, check_integer, check_matrix, check_rank, check_tensor
+from ._checks import check_fraction, check_generator, check_integer, check_matrix, check_rank, check_tensor
 
 
 def _computable(W: Tensor) -> Tensor:
     """LAPACK knows no 16-bit numbers: those go through float32."""
     return W if W.dtype in (torch.float32, torch.float64) else W.float()
+
+
+def _spectrum(W: Tensor) -> Tensor:
+    """The singular values in the precision they are computed in: no 16-bit overflow or rounding."""
+    check_matrix(W)
+    return torch.linalg.svdvals(_computable(W))
 
 
 def singular_values(W: Tensor) -> Tensor:
@@ -31,8 +37,7 @@ def singular_values(W: Tensor) -> Tensor:
     Cost O(dk·min(d, k)). Errors: as the module says.
     Source: torch.linalg.svdvals (LAPACK gesdd).
     """
-    check_matrix(W)
-    return torch.linalg.svdvals(_computable(W)).to(W.dtype)
+    return _spectrum(W).to(W.dtype)
 
 
 def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +50,16 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_matrix(U, "U")
     check_matrix(Vh, "Vh")
+    check_tensor(S, "S")
     if S.shape != (U.shape[1],) or S.shape != (Vh.shape[0],):
         raise ValueError(
             f"U {tuple(U.shape)}, S {tuple(S.shape)} and Vh {tuple(Vh.shape)} do not chain; "
             "pass (d, r), (r,) and (r, k)"
         )
     if (S < 0).any():
-        raise ValueError(f"S has a negative entry, {S.min().item():.3g}; singular values are never negative")
+        raise ValueError(
+            f"S has a negative entry, {S.min().item():.3g}; take S.abs() and flip the signs of those columns of U"
+        )
     root = S.sqrt()
     return U * root, root[:, None] * Vh
 
@@ -84,13 +92,14 @@ def truncation_error(W: Tensor, norm: str = "fro") -> Tensor:
     Shape (min(d, k) + 1,), in W's units; e_0 is the norm of W itself.
     Errors: as the module says, and ValueError for another norm. Source: Eckart & Young 1936.
     """
-    S = singular_values(W)
-    if norm == "spectral":
-        return torch.cat([S, S.new_zeros(1)])
-    if norm == "fro":
-        tails = S.flip(0).square().cumsum(0).flip(0).sqrt()  # summed from the smallest up: no cancellation
-        return torch.cat([tails, S.new_zeros(1)])
-    raise ValueError(f"norm = {norm!r} is unknown; choose 'fro' or 'spectral'")
+    if norm not in ("fro", "spectral"):
+        raise ValueError(f"norm = {norm!r} is unknown; choose 'fro' or 'spectral'")
+    errors = _spectrum(W)
+    if norm == "fro" and errors[0] > 0:
+        largest = errors[0]  # divided out, so that no square overflows or vanishes
+        squares = (errors / largest).square()
+        errors = squares.flip(0).cumsum(0).flip(0).sqrt() * largest  # summed from the smallest up: no cancellation
+    return torch.cat([errors, errors.new_zeros(1)]).to(W.dtype)
 
 
 def energy(W: Tensor) -> Tensor:
@@ -98,8 +107,9 @@ def energy(W: Tensor) -> Tensor:
 
     Shape (min(d, k),), entry r − 1 for rank r; rises from E_1 ≥ 1/min(d, k) to 1.
     Errors: as the module says, and ValueError for the zero matrix, which has no energy to share.
+    Source: Eckart & Young 1936; 1 − E_r is the square of their relative error.
     """
-    S = singular_values(_computable(W) if isinstance(W, Tensor) and W.is_floating_point() else W)
+    S = _spectrum(W)
     if S[0] == 0:
         raise ValueError("W is the zero matrix and has no energy to share; pass a matrix with a non-zero entry")
     squares = (S / S[0]).square()  # scaled first, so that no square overflows or vanishes
@@ -110,7 +120,7 @@ def energy(W: Tensor) -> Tensor:
 def rank_at_energy(W: Tensor, fraction: float = 0.9) -> int:
     """The least r with E_r ≥ fraction: how many directions carry that share of ‖W‖²_F.
 
-    Errors: as `energy`, and ValueError for a fraction outside (0, 1].
+    Errors: as `energy`, and ValueError for a fraction outside (0, 1]. Source: as `energy`.
     """
     fraction = check_fraction(fraction)
     E = energy(W)
@@ -132,7 +142,7 @@ def effective_rank(W: Tensor) -> float:
     Errors: as `energy`. Source: Roy & Vetterli 2007.
     """
     energy(W)  # the same refusals
-    S = singular_values(W).double()
+    S = _spectrum(W).double()
     p = S / S.sum()
     return math.exp(torch.special.entr(p).sum().item())
 
@@ -143,6 +153,7 @@ def break_even_rank(d: int, k: int) -> float:
         r·(d + k) < d·k   ⇔   r < dk/(d + k)        (d/2 when d = k)
 
     Errors: ValueError or TypeError unless d and k are positive integers.
+    Source: counting, r·d + r·k numbers in B and A against d·k in the matrix.
     """
     d, k = check_integer(d, "d", 1), check_integer(k, "k", 1)
     return d * k / (d + k)
@@ -167,6 +178,7 @@ def randomized_svd(
     r = check_rank(r, d, k)
     columns = min(r + check_integer(oversampling, "oversampling", 0), d, k)
     power_iterations = check_integer(power_iterations, "power_iterations", 0)
+    check_generator(generator, W.device)
     M = _computable(W)
     omega = torch.randn(k, columns, generator=generator, dtype=M.dtype, device=M.device)
     Q = torch.linalg.qr(M @ omega).Q
@@ -192,7 +204,7 @@ def randomized_svd_bound(S: Tensor, r: int, oversampling: int) -> float:
     r = check_integer(r, "r", 1, len(S))
     p = check_integer(oversampling, "oversampling", 2, None, "the bound divides by p − 1")
     if (S < 0).any() or (S.diff() > 0).any():
-        raise ValueError("S must be non-negative and descending, as singular_values(W) returns it")
+        raise ValueError(f"S = {S.tolist()} must be non-negative and descending, as singular_values(W) returns it")
     tail = S[r:].double()
     if len(tail) == 0:
         return 0.0

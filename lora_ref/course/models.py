@@ -1,10 +1,9 @@
-"""The digit classifier, and how many copies of it are run at once."""
+"""The digit classifier."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 
 class DigitClassifier(nn.Module):
@@ -29,20 +28,6 @@ def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
-
-
-def stack(models: list[nn.Module]) -> dict[str, Tensor]:
-    """The parameters of R equal models, stacked: name → (R, …). Run them with `run_many`."""
-    names = dict(models[0].named_parameters())
-    return {name: torch.stack([dict(m.named_parameters())[name].detach() for m in models]) for name in names}
-
-
-def run_many(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Logits (R, N, classes) of R copies of `model` with the stacked `parameters`.
-
-    x is (N, 64), the same for all, or (R, N, 64).
-    """
-    return vmap(lambda p, x: functional_call(model, p, (x,)), in_dims=(0, 0 if x.ndim == 3 else None))(parameters, x)
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """One explicit training loop, for one run or for hundreds at once.
 
-Runs that differ in seed, learning rate or start are stacked along a first axis R and trained as
+Runs that differ in seed, learning rate or start are stacked along the first axes and trained as
 one batched computation. The runs share nothing: the gradient of the summed loss is each run's own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from .._checks import check_integer
+from .models import accuracy
 
 
 def batch_indices(n: int, batch: int, steps: int, seeds: list[int]) -> Tensor:
@@ -15,8 +20,10 @@ def batch_indices(n: int, batch: int, steps: int, seeds: list[int]) -> Tensor:
 
     Each seed walks through its own shuffles, epoch by epoch, without replacement within one.
     """
-    if not 1 <= batch <= n:
-        raise ValueError(f"batch = {batch} is out of range; choose 1 <= batch <= {n}, the number of examples")
+    n, steps = check_integer(n, "n", 1), check_integer(steps, "steps", 1)
+    batch = check_integer(batch, "batch", 1, n, f"there are {n} examples")
+    if len(seeds) == 0:
+        raise ValueError(f"seeds = {seeds!r} is empty; pass at least one")
     per_epoch = n // batch
     orders = []
     for seed in seeds:
@@ -34,31 +41,42 @@ def train_many(
     optimizer: str = "adam",
     decay: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Train R independent runs together; return their parameters and loss curves (steps, R).
+    """Train many independent runs together; return their parameters and loss curves.
 
-    `loss(parameters, step)` gives one loss for each run, (R,). `start` maps names to (R, …).
-    `rates` (R,) are the learning rates, which with `decay` fall linearly to 0 over the steps.
+    `rates`, of any shape R (one axis, or seeds × rates), are the runs' learning rates, which with
+    `decay` fall linearly to 0 over the steps. `start` maps names to tensors of shape (*R, …).
+    `loss(parameters, step)` gives one loss for each run, shape R; the curves are (steps, *R).
     "sgd" is plain gradient descent; "adam" is Adam with β = (0.9, 0.999), ε = 1e-8, equal to
     torch.optim.Adam's for each run. A run whose loss diverges does not disturb the others.
+    Errors: ValueError for an unknown optimizer, a start whose first axes are not the runs, or a
+    loss that is not one for each run.
     """
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer = {optimizer!r} is unknown; choose 'adam' or 'sgd'")
-    runs = len(rates)
+    if not isinstance(rates, Tensor):
+        raise TypeError(f"rates must be a torch.Tensor, got {rates!r}; convert it with torch.tensor(rates)")
     for name, value in start.items():
-        if value.shape[:1] != (runs,):
-            raise ValueError(f"start[{name!r}] has shape {tuple(value.shape)}; its first axis must be the {runs} runs")
+        if value.shape[: rates.ndim] != rates.shape:
+            raise ValueError(
+                f"start[{name!r}] has shape {tuple(value.shape)}; its first axes must be those of rates, "
+                f"{tuple(rates.shape)}"
+            )
     p = {name: value.clone().requires_grad_() for name, value in start.items()}
     m = {name: torch.zeros_like(value) for name, value in start.items()}
     v = {name: torch.zeros_like(value) for name, value in start.items()}
-    curve = torch.empty(steps, runs)
+    curve = torch.empty(steps, *rates.shape)
     for t in range(steps):
         losses = loss(p, t)
+        if losses.shape != rates.shape:
+            raise ValueError(
+                f"loss returned shape {tuple(losses.shape)}; it must return one loss for each run, {tuple(rates.shape)}"
+            )
         gradients = torch.autograd.grad(losses.sum(), list(p.values()))
         curve[t] = losses.detach()
         rate = rates * (1 - t / steps) if decay else rates
         with torch.no_grad():
             for (name, value), g in zip(p.items(), gradients):
-                eta = rate.to(value).view(-1, *[1] * (value.ndim - 1))
+                eta = rate.to(value).view(*rates.shape, *[1] * (value.ndim - rates.ndim))
                 if optimizer == "sgd":
                     value -= eta * g
                     continue
@@ -70,6 +88,77 @@ def train_many(
 
 
 def cross_entropy_many(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of each run, in nats: logits (R, N, classes), y (N,) or (R, N) → (R,)."""
+    """Mean cross-entropy of each run, in nats: logits (…, N, classes), y (…, N) → (…)."""
     y = y.expand(logits.shape[:-1])
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(-1)
+    return nn.functional.cross_entropy(logits.movedim(-1, 1), y, reduction="none").mean(-1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Classifiers trained from S seeds at L learning rates each: what `fit` returns.
+
+    `trained` maps names to (S, L, …), `fixed` (what was not trained) to (S, …); `curve` is the
+    training loss (steps, S, L).
+    """
+
+    model: nn.Module
+    trained: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    rates: list[float]
+    curve: Tensor
+
+    def scores(self, X: Tensor, y: Tensor) -> Tensor:
+        """Accuracy (S, L) on the images X (N, 64) with labels y (N,)."""
+        with torch.no_grad():
+            return accuracy(_logits(self.model, self.trained, self.fixed, X.expand(len(self.curve[0]), *X.shape)), y)
+
+    def best(self, X: Tensor, y: Tensor) -> int:
+        """The index of the rate with the highest mean accuracy over seeds, on validation data."""
+        return int(self.scores(X, y).mean(0).argmax())
+
+    def parameters(self, seed: int, rate: int) -> dict[str, Tensor]:
+        """Names → values of one run: the seed's index, the rate's index."""
+        return {name: v[seed, rate] for name, v in self.trained.items()} | {n: v[seed] for n, v in self.fixed.items()}
+
+
+def _logits(model: nn.Module, trained: dict, fixed: dict, X: Tensor) -> Tensor:
+    """Seeds × rates: trained (S, L, …), fixed (S, …), X (S, N, 64) → (S, L, N, classes)."""
+
+    def one(trained, fixed, x):
+        return functional_call(model, {**fixed, **trained}, (x,))
+
+    return vmap(vmap(one, in_dims=(0, None, None)), in_dims=(0, 0, 0))(trained, fixed, X)
+
+
+def fit(
+    models: list[nn.Module],
+    X: Tensor,
+    y: Tensor,
+    rates: list[float],
+    steps: int = 400,
+    batch: int = 128,
+    optimizer: str = "adam",
+) -> Fit:
+    """Train every model (one for each seed) at every rate, all at once, by cross-entropy.
+
+    The models must be alike but for their numbers; whatever in them requires a gradient is
+    trained: all of a network, its LoRA factors, the z of a RandomSubspace. They are not changed.
+    X is (N, 64), y (N,). Seed i draws its mini-batches from its own generator; its rates share
+    them, so that rates are compared on equal data.
+    Errors: ValueError when the models train nothing.
+    """
+    state = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in models]
+    names = [name for name, p in models[0].named_parameters() if p.requires_grad]
+    if not names:
+        raise ValueError(f"{type(models[0]).__name__} trains nothing; set requires_grad_(True) on what is to be trained")
+    stacked = {name: torch.stack([s[name].detach() for s in state]) for name in state[0]}
+    start = {name: stacked[name][:, None].repeat_interleave(len(rates), 1) for name in names}
+    fixed = {name: value for name, value in stacked.items() if name not in names}
+    picks = batch_indices(len(X), min(batch, len(X)), steps, list(range(len(models))))
+
+    def loss(trained, t):
+        logits = _logits(models[0], trained, fixed, X[picks[t]])
+        return cross_entropy_many(logits, y[picks[t]][:, None].expand(logits.shape[:-1]))
+
+    trained, curve = train_many(loss, start, torch.tensor(rates).repeat(len(models), 1), steps, optimizer)
+    return Fit(models[0], trained, fixed, list(rates), curve)

@@ -1,0 +1,293 @@
+"""Paired timings: python -m lora_ref.bench [NAME …] [--rounds N] [--threads N] [--json FILE] [--picture FILE.png]
+
+    ratio = median over rounds i of  t_i(contender) / t_i(reference)
+
+A machine's speed drifts, with heat and with what else it runs, by more than many differences
+worth knowing. So the contenders take turns: each round times every one of them once, the order
+rotates from round to round, and only times of the same round are divided by each other.
+
+A benchmark is an entry of BENCHMARKS: cases, and a function that yields rows (dicts) for one case.
+The table shows every key of a row but `size`, the abscissa of the picture, and `seconds`, all the
+times by contender. Times are wall-clock; a key says its unit (s, ms). `ratio` has no unit.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from ._checks import check_integer
+from .intrinsic_dimension import PROJECTIONS
+from .svd import randomized_svd
+
+LARGEST_DENSE = 256 * 2**20  # bytes: a larger dense P is counted, not built
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender: its seconds in each round, and their ratios to the reference's in that round."""
+
+    seconds: list[float]
+    ratios: list[float]
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """{q1, median, q3} of at least one number, by linear interpolation. Errors: ValueError when empty."""
+    if not values:
+        raise ValueError("values is empty and has no quartiles; pass at least one number")
+    cuts = statistics.quantiles(values * 2 if len(values) == 1 else values, method="inclusive")
+    return dict(zip(("q1", "median", "q3"), cuts))
+
+
+def paired(
+    functions: dict[str, Callable], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Time the contenders in turns; the first one is the reference of every ratio.
+
+        round i calls them in the order i, i + 1, … (mod n);   ratio_i = t_i(name) / t_i(first)
+
+    `functions` maps names to functions of no arguments; `warmup` untimed rounds go first. Where CUDA
+    is in use, each reading of the clock waits for the device. Results are dropped at once.
+    Errors: ValueError for no contender, rounds < 1, warmup < 0, or a reference too fast for the clock.
+    """
+    rounds, warmup = check_integer(rounds, "rounds", 1), check_integer(warmup, "warmup", 0)
+    if not functions:
+        raise ValueError("functions is empty; pass at least one contender, as {name: function}")
+
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return clock()
+
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(-warmup, rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = now()
+            functions[name]()
+            elapsed = now() - start
+            if i >= 0:
+                seconds[name].append(elapsed)
+    reference = seconds[names[0]]
+    if min(reference) <= 0:
+        raise ValueError(f"{names[0]!r} took no time that the clock can see; let one call do more work")
+    return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference)]) for name, own in seconds.items()}
+
+
+def svd_rows(case: tuple[int, int], rounds: int) -> Iterator[dict]:
+    """The full and the randomised SVD (p = 10, q = 2), cut to rank r = 16, of a d×k matrix with σ_i = 1/i.
+
+        error = ‖W − U_r·diag(S_r)·V_rᵀ‖₂ / σ_{r+1} ≥ 1 (Eckart–Young);   ratio = randomised / full
+        expected cost: full O(dk·min(d, k)), randomised O(dk·r)
+
+    float32, on the CPU. Source: Halko, Martinsson & Tropp 2011 (arXiv 0909.4061).
+    """
+    (d, k), r = case, 16
+    generator = torch.Generator().manual_seed(0)
+    sigma = 1 / torch.arange(1, min(d, k) + 1)
+    left, right = (torch.linalg.qr(torch.randn(n, len(sigma), generator=generator)).Q for n in (d, k))
+    W = left * sigma @ right.mT
+    functions = {
+        "full": lambda: torch.linalg.svd(W, full_matrices=False),
+        "randomised": lambda: randomized_svd(W, r, oversampling=10, power_iterations=2, generator=generator),
+    }
+    timing = paired(functions, rounds)
+    row = {"shape": f"{d}×{k}", "size": d * k, "seconds": {name: t.seconds for name, t in timing.items()}}
+    row |= {f"{name}_ms": t.ms for name, t in timing.items()} | {"ratio": quartiles(timing["randomised"].ratios)}
+    for name, function in functions.items():
+        U, S, Vh = function()
+        residual = W - U[:, :r] * S[:r] @ Vh[:r]
+        row[f"{name}_error"] = (torch.linalg.matrix_norm(residual, 2) / sigma[r]).item()
+    yield row
+
+
+def projection_rows(case: tuple[int, int], rounds: int) -> Iterator[dict]:
+    """Projections P: R^d → R^D (lesson 02): memory, set-up, and a step, z ↦ P·z with its backward g ↦ Pᵀ·g.
+
+        expected cost: dense and orthonormal O(D·d) in memory and time, Fastfood O(D) and O(D·log d)
+
+    float32, on the CPU; ratio = step / dense step. A dense P above 256 MiB is counted, not built (—).
+    """
+    D, d = case
+    built = {name: make for name, make in PROJECTIONS.items() if name == "fastfood" or 4 * D * d <= LARGEST_DENSE}
+    setup = paired({name: lambda make=make: make(D, d) for name, make in built.items()}, min(rounds, 3))
+    modules = {name: make(D, d, torch.Generator().manual_seed(0)) for name, make in built.items()}
+    z, gradient = torch.ones(d, requires_grad=True), torch.ones(D)
+    step = paired({name: lambda P=P: torch.autograd.grad(P(z), z, gradient) for name, P in modules.items()}, rounds)
+    for name in PROJECTIONS:
+        row = {"D": D, "d": d, "projection": name, "bytes": 4 * D * d, "setup_s": None, "step_ms": None, "ratio": None}
+        if name in built:
+            row |= {"bytes": modules[name].nbytes(), "setup_s": statistics.median(setup[name].seconds)}
+            row |= {"step_ms": step[name].ms, "ratio": quartiles(step[name].ratios) if "dense" in built else None}
+        yield row | {"size": D, "seconds": {name: step[name].seconds} if name in built else {}}
+
+
+def svd_finding(rows: list[dict]) -> str:
+    return f"At {rows[-1]['shape']} the randomised SVD takes {rows[-1]['ratio']['median']:.3f}× the full one's time"
+
+
+def projection_finding(rows: list[dict]) -> str:
+    row = [row for row in rows if row["projection"] == "fastfood" and row["ratio"]][-1]
+    share = row["bytes"] / (4 * row["D"] * row["d"])
+    return f"At D = {row['D']:,} Fastfood takes {row['ratio']['median']:.3f}× dense's time, {share:.3f}× its memory"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`rows(case, rounds)`, whose docstring is the table's caption, for the first `quick` (--quick),
+    the first `default` or all (--full) of the `cases`; `finding(rows)` is one sentence for people."""
+
+    rows: Callable[[tuple, int], Iterator[dict]]
+    finding: Callable[[list[dict]], str]
+    xlabel: str
+    cases: list[tuple]
+    quick: int
+    default: int
+
+
+SHAPES = [(256, 192), (512, 384), (1024, 768), (2048, 1536), (3072, 2304)]
+SUBSPACES = [(8_970, 256), (100_000, 256), (1_000_000, 256), (4_000_000, 256)]
+BENCHMARKS = {
+    "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES, quick=2, default=4),
+    "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES, quick=1, default=3),
+}
+
+
+def cell(value: dict | str | float | None) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.3f} [{value['q1']:.3f}, {value['q3']:.3f}]"
+    if value is None or isinstance(value, str):
+        return value or "—"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def table(name: str, rows: list[dict]) -> str:
+    """The rows as text in columns, under the caption, with the finding below."""
+    keys = [key for key in rows[0] if key not in ("size", "seconds")]
+    titles = ["ratio [quartiles]" if key == "ratio" else key.replace("_", " ") for key in keys]
+    lines = [titles, *([cell(row[key]) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    body = ["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines]
+    return "\n".join([f"{name}: {inspect.getdoc(BENCHMARKS[name].rows)}\n", *body, BENCHMARKS[name].finding(rows) + "."])
+
+
+def picture(results: dict[str, list[dict]]) -> bytes:
+    """A PNG: for each benchmark the median time against the size, both logarithmic, bars = quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2 * len(results), 4.6), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+        labels = dict.fromkeys(label for row in rows for label in row["seconds"])
+        for label, style in zip(labels, itertools.cycle(("o-", "s--", "^:", "D-."))):
+            points = [(row["size"], quartiles(row["seconds"][label])) for row in rows if label in row["seconds"]]
+            x, y = [x for x, _ in points], [1e3 * q["median"] for _, q in points]
+            bars = [[1e3 * abs(q[end] - q["median"]) for _, q in points] for end in ("q1", "q3")]
+            axes.errorbar(x, y, yerr=bars, fmt=style, capsize=3, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=BENCHMARKS[name].xlabel, ylabel="one call, ms (bars: quartiles)")
+        axes.set_title(BENCHMARKS[name].finding(rows), fontsize="medium")
+        axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def environment() -> dict:
+    """Where the numbers come from: versions, threads and the class of machine, no host's name."""
+    return {
+        "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write beside and rename into place: after a crash the old file is still whole."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The checked command line: every mistake is found before the first timing, and exits with 2."""
+    known = ", ".join(BENCHMARKS)
+    parser = argparse.ArgumentParser(prog="python -m lora_ref.bench", description="Paired timings of lora_ref.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all of {known})")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default 7, with --quick 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, all times and the environment")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw time against size")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small sizes only: seconds")
+    size.add_argument("--full", action="store_true", help="larger sizes too: minutes")
+    args = parser.parse_args(argv)
+    args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
+    args.names = list(dict.fromkeys(args.names or BENCHMARKS))
+    for name in args.names:
+        if name not in BENCHMARKS:
+            parser.error(f"unknown benchmark {name!r}; choose from {known}")
+    for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{option} {value} is out of range; pass 1 or more")
+    for path in filter(None, (args.json, args.picture)):
+        if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+            parser.error(f"cannot write {path}; name a file in a directory that exists and is writable")
+    if args.picture and args.picture.suffix.lower() != ".png":
+        parser.error(f"--picture {args.picture} is not a .png; name one, such as bench.png")
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib; install it, or leave --picture away")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = []
+    for name in args.names:
+        bench = BENCHMARKS[name]
+        cases += [(name, case) for case in bench.cases[: bench.quick if args.quick else None if args.full else bench.default]]
+    if importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm
+
+        cases = tqdm(cases, desc="bench", unit="case", leave=False)  # on stderr
+    results: dict[str, list[dict]] = {name: [] for name in args.names}
+    for name, case in cases:
+        results[name] += BENCHMARKS[name].rows(case, args.rounds)
+    report = {"environment": environment() | {"rounds": args.rounds}, "benchmarks": results}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    for name, rows in results.items():
+        print("\n" + table(name, rows))
+    if args.json:
+        write(args.json, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    if args.picture:
+        write(args.picture, picture(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
