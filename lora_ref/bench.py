@@ -9,6 +9,9 @@ rotates from round to round, and only times of the same round are divided by eac
 A benchmark is an entry of BENCHMARKS: cases, and a function that yields rows (dicts) for one case.
 The table shows every key of a row but `size`, the abscissa of the picture, and `seconds`, all the
 times by contender. Times are wall-clock; a key says its unit (s, ms). `ratio` has no unit.
+
+One CPU thread unless --threads says otherwise: on cores that are shared, two threads that wait for
+each other have been seen to take ten times as long as one.
 """
 
 import argparse
@@ -23,9 +26,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +39,7 @@ from .svd import randomized_svd
 LARGEST_DENSE = 256 * 2**20  # bytes: a larger dense P is counted, not built
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """One contender: its seconds in each round, and their ratios to the reference's in that round."""
 
     seconds: list[float]
@@ -149,24 +151,21 @@ def projection_finding(rows: list[dict]) -> str:
     return f"At D = {row['D']:,} Fastfood takes {row['ratio']['median']:.3f}× dense's time, {share:.3f}× its memory"
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """`rows(case, rounds)`, whose docstring is the table's caption, for the first `quick` (--quick),
-    the first `default` or all (--full) of the `cases`; `finding(rows)` is one sentence for people."""
+class Benchmark(NamedTuple):
+    """`rows(case, rounds)` yields a case's rows, its docstring is the table's caption; `finding(rows)` is a
+    sentence for people. `cases` rise in size: --quick runs the first, --full all, a plain run all but the last."""
 
     rows: Callable[[tuple, int], Iterator[dict]]
     finding: Callable[[list[dict]], str]
     xlabel: str
     cases: list[tuple]
-    quick: int
-    default: int
 
 
 SHAPES = [(256, 192), (512, 384), (1024, 768), (2048, 1536), (3072, 2304)]
 SUBSPACES = [(8_970, 256), (100_000, 256), (1_000_000, 256), (4_000_000, 256)]
 BENCHMARKS = {
-    "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES, quick=2, default=4),
-    "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES, quick=1, default=3),
+    "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES),
+    "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES),
 }
 
 
@@ -175,7 +174,7 @@ def cell(value: dict | str | float | None) -> str:
         return f"{value['median']:.3f} [{value['q1']:.3f}, {value['q3']:.3f}]"
     if value is None or isinstance(value, str):
         return value or "—"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value >= 10 else f"{value:.4f}"
 
 
 def table(name: str, rows: list[dict]) -> str:
@@ -185,7 +184,8 @@ def table(name: str, rows: list[dict]) -> str:
     lines = [titles, *([cell(row[key]) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     body = ["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines]
-    return "\n".join([f"{name}: {inspect.getdoc(BENCHMARKS[name].rows)}\n", *body, BENCHMARKS[name].finding(rows) + "."])
+    bench = BENCHMARKS[name]
+    return "\n".join([f"{name}: {inspect.getdoc(bench.rows)}\n", *body, bench.finding(rows) + "."])
 
 
 def picture(results: dict[str, list[dict]]) -> bytes:
@@ -238,11 +238,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lora_ref.bench", description="Paired timings of lora_ref.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all of {known})")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 7, with --quick 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, all times and the environment")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw time against size")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small sizes only: seconds")
+    size.add_argument("--quick", action="store_true", help="the smallest size only: seconds")
     size.add_argument("--full", action="store_true", help="larger sizes too: minutes")
     args = parser.parse_args(argv)
     args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
@@ -251,26 +251,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}; choose from {known}")
     for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):
-        if value is not None and value < 1:
+        if value < 1:
             parser.error(f"{option} {value} is out of range; pass 1 or more")
     for path in filter(None, (args.json, args.picture)):
         if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
             parser.error(f"cannot write {path}; name a file in a directory that exists and is writable")
     if args.picture and args.picture.suffix.lower() != ".png":
         parser.error(f"--picture {args.picture} is not a .png; name one, such as bench.png")
-    if args.picture and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--picture needs matplotlib; install it, or leave --picture away")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    cases = []
-    for name in args.names:
-        bench = BENCHMARKS[name]
-        cases += [(name, case) for case in bench.cases[: bench.quick if args.quick else None if args.full else bench.default]]
+    torch.set_num_threads(args.threads)
+    end = 1 if args.quick else None if args.full else -1
+    cases = [(name, case) for name in args.names for case in BENCHMARKS[name].cases[:end]]
     if importlib.util.find_spec("tqdm"):
         from tqdm import tqdm
 

@@ -61,6 +61,7 @@ class Projection(nn.Module):
     `dtype` is that of P and of the z it expects.
     Errors: ValueError or TypeError unless 1 ≤ d ≤ D, both integers, the dtype is float32 or float64,
     the generator is one, and the z given has d numbers along its last axis.
+    Source: Li et al. 2018 (arXiv 1804.08838), §2.
     """
 
     def __init__(self, D: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32):
@@ -69,7 +70,7 @@ class Projection(nn.Module):
         self.d = check_integer(d, "d", 1, self.D, f"a subspace of {self.D} parameters has at most {self.D} dimensions")
         check_generator(generator, torch.device("cpu"))
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype = {dtype!r} is unknown; choose torch.float32 or torch.float64 (then P.to another one)")
+            raise ValueError(f"dtype = {dtype!r} is unknown; choose torch.float32 or torch.float64; P.to converts")
 
     def check(self, z: Tensor) -> None:
         """Refuse a z that is not d numbers along its last axis; Fastfood would stretch a single one."""

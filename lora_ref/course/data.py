@@ -1,5 +1,6 @@
 """Real data that is there offline: handwritten digits and a photograph, both shipped with scikit-learn."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,22 @@ def load_digits(seed: int = 0) -> Digits:
     X = torch.tensor(X, dtype=torch.float32)[order] / 16
     y = torch.tensor(y, dtype=torch.int64)[order]
     return Digits(X[:1197], y[:1197], X[1197:1497], y[1197:1497], X[1497:], y[1497:])
+
+
+def tilted(images: Tensor, degrees: float) -> Tensor:
+    """Images (n, 8, 8) turned anticlockwise about their middle, as a page lying askew in a scanner.
+
+    Bilinear interpolation; what comes from outside the image is 0, the paper. `degrees` is finite.
+    """
+    a = math.radians(degrees)
+    turn = torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
+    where = torch.nn.functional.affine_grid(turn.expand(len(images), 2, 3), (len(images), 1, 8, 8), align_corners=False)
+    return torch.nn.functional.grid_sample(images[:, None], where, align_corners=False)[:, 0]
+
+
+def faded(images: Tensor) -> Tensor:
+    """Images (n, 8, 8) as a scanner with poor contrast gives them: 0.3 + 0.4·x."""
+    return 0.3 + 0.4 * images
 
 
 def photograph() -> Tensor:

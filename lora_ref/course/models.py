@@ -1,9 +1,11 @@
-"""The digit classifier."""
+"""The digit classifier, and the same with a low-rank update."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class DigitClassifier(nn.Module):
@@ -21,6 +23,44 @@ class DigitClassifier(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x).tanh()
         return self.layers[-1](x)
+
+
+class LowRankUpdate(nn.Module):
+    """A network whose weight matrices are W0 + B·A: W0 and the biases frozen, B and A trained.
+
+    For every weight matrix (d, k) of `model`: A (r, k) ~ N(0, 1/k), B (d, r) = 0, r capped at
+    min(d, k), scale 1. It forms W0 + B·A in each forward: the equation, spelt out, for small
+    networks. Lesson 03 builds the layer that never forms B·A.
+    Errors: ValueError when the model has no weight matrix or r < 1.
+    """
+
+    def __init__(self, model: nn.Module, r: int):
+        super().__init__()
+        weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        if r < 1 or not weights:
+            raise ValueError(f"r = {r} on {len(weights)} weight matrices; choose r >= 1 and a model that has some")
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.names = list(weights)
+        shapes = [(*w.shape, min(r, *w.shape)) for w in weights.values()]
+        self.A = nn.ParameterList([torch.randn(r, k) / k**0.5 for d, k, r in shapes])
+        self.B = nn.ParameterList([torch.zeros(d, r) for d, k, r in shapes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        W0 = dict(self.model.named_parameters())
+        W = {name: W0[name] + B @ A for name, B, A in zip(self.names, self.B, self.A)}
+        return functional_call(self.model, W, (x,))
+
+
+def trainable(model: nn.Module) -> int:
+    """How many numbers of the model are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def with_values(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """A copy of the model with these parameter values (names → tensors), as `Fit.parameters` gives them."""
+    filled = copy.deepcopy(model)
+    filled.load_state_dict(values)
+    return filled
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
