@@ -95,15 +95,20 @@ class DenseProjection(Projection):
 
     def __init__(self, D: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32):
         super().__init__(D, d, generator, dtype)
-        P = torch.randn(self.D, self.d, generator=generator, dtype=dtype)
-        self.register_buffer("P", self.normalise(P))
+        P = torch.randn(self.d, self.D, generator=generator, dtype=dtype).mT
+        self.register_buffer("rows", self.normalise(P).mT.contiguous())  # Pᵀ, so that a product reads it in order
+
+    @property
+    def P(self) -> Tensor:
+        """The matrix itself, (D, d)."""
+        return self.rows.mT
 
     def normalise(self, P: Tensor) -> Tensor:
         return P / P.norm(dim=0)
 
     def forward(self, z: Tensor) -> Tensor:
         self.check(z)
-        return z @ self.P.mT
+        return z @ self.rows
 
 
 class OrthonormalProjection(DenseProjection):

@@ -53,7 +53,7 @@ def tilted(images: Tensor, degrees: float) -> Tensor:
     Bilinear interpolation; what comes from outside the image is 0, the paper. `degrees` is finite.
     """
     a = math.radians(degrees)
-    turn = torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
+    turn = images.new_tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
     where = torch.nn.functional.affine_grid(turn.expand(len(images), 2, 3), (len(images), 1, 8, 8), align_corners=False)
     return torch.nn.functional.grid_sample(images[:, None], where, align_corners=False)[:, 0]
 

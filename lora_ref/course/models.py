@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .._checks import check_integer
+
 
 class DigitClassifier(nn.Module):
     """Two hidden layers on 8×8 digits: 64 → width → width → classes, tanh between.
@@ -37,8 +39,9 @@ class LowRankUpdate(nn.Module):
     def __init__(self, model: nn.Module, r: int):
         super().__init__()
         weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-        if r < 1 or not weights:
-            raise ValueError(f"r = {r} on {len(weights)} weight matrices; choose r >= 1 and a model that has some")
+        check_integer(r, "r", 1)
+        if not weights:
+            raise ValueError(f"{type(model).__name__} has no weight matrix; pass a model with linear layers")
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.names = list(weights)
         shapes = [(*w.shape, min(r, *w.shape)) for w in weights.values()]
@@ -66,7 +69,7 @@ def with_values(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """`build()` with its random start drawn from `seed`; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU generator alone: torch.manual_seed would move the GPU ones
         return build()
 
 

@@ -4,7 +4,8 @@ Runs that differ in seed, learning rate or start are stacked along the first axe
 one batched computation. The runs share nothing: the gradient of the summed loss is each run's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,20 @@ from torch.func import functional_call, vmap
 
 from .._checks import check_integer
 from .models import accuracy
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch on one thread inside the `with`: on tensors this small, threads cost more than they give.
+
+    It also makes the result independent of how many threads the machine has.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batch_indices(n: int, batch: int, steps: int, seeds: list[int]) -> Tensor:
@@ -33,6 +48,7 @@ def batch_indices(n: int, batch: int, steps: int, seeds: list[int]) -> Tensor:
     return torch.stack(orders, dim=1)
 
 
+@one_thread()
 def train_many(
     loss: Callable[[dict[str, Tensor], int], Tensor],
     start: dict[str, Tensor],
