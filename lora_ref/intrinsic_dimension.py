@@ -15,6 +15,7 @@ Three choices of P, each scaled so that E‖P·z‖² = ‖z‖²:
 """
 
 import math
+from functools import cache
 from numbers import Real
 
 import torch
@@ -47,6 +48,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return x
 
 
+@cache
 def _hadamard(r: int) -> Tensor:
     H = torch.ones(1, 1)
     while len(H) < r:
