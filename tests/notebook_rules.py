@@ -250,7 +250,7 @@ def _(cell, ledger):
 @rule("unstable digits", "checked")
 def _(cell, ledger):
     words = cell.words
-    for fixed in [text for claim in ledger.values() for text in (claim.statement, claim.finding)]:
+    for fixed in [text for claim in ledger.values() for text in (claim.text, claim.statement, claim.finding)]:
         words = words.replace(fixed, "")
     unstable = [n for n in DECIMAL.findall(words) if len(re.sub(r"\D", "", n).lstrip("0")) > 4]
     if unstable := unstable + ADDRESS.findall(words):
@@ -272,8 +272,8 @@ def _(cell, ledger):
 @rule("claim line", "code")
 def _(cell, ledger):
     for id in cell.claims:
-        if id in ledger and ledger[id].line not in cell.stream("stdout").splitlines():
-            return f"its stored output lacks the line of claim {id!r}; run the notebook again and save it"
+        if id in ledger and f"\n{ledger[id].text}\n" not in f"\n{cell.stream('stdout')}\n":
+            return f"its stored output lacks the lines of claim {id!r}; run the notebook again and save it"
 
 
 def read(notebook: Path | NotebookNode, name: str | None = None) -> Lesson:

@@ -72,7 +72,7 @@ HEAD_CELL, OPENING_CELL, TEXT_CELL, CLAIM_CELL, PLAIN_CELL, FOOT_CELL = 0, 1, 2,
 
 
 def good():
-    settled = code('claim("x_is_y", True)\nprint(0.1235)', f"{CLAIM.line}\n0.1235\n", tags=[CHECKED])
+    settled = code('claim("x_is_y", True)\nprint(0.1235)', f"{CLAIM.text}\n0.1235\n", tags=[CHECKED])
     plain = code("(4\n% 3)", "1.23456\n", shows("text/html", "<table/>"), tags=["hide-input"])
     notebook = lesson(settled, text("Then."), plain, code(""))
     notebook.cells[PLAIN_CELL + 1].execution_count = None
@@ -149,8 +149,8 @@ BAD = [
     ("literal id", change(source='claim(f"{4}_is_y", True)')),
     ("literal id", change(source="claim(*pair)")),
     ("claim line", change(CLAIM_CELL, outputs=[])),
-    ("claim line", change(CLAIM_CELL, outputs=[stream(CLAIM.line + "!")])),
-    ("claim line", change(CLAIM_CELL, outputs=[shows("text/plain", CLAIM.line)])),
+    ("claim line", change(CLAIM_CELL, outputs=[stream(CLAIM.text + "!")])),
+    ("claim line", change(CLAIM_CELL, outputs=[shows("text/plain", CLAIM.text)])),
 ]
 
 
@@ -202,7 +202,7 @@ REAL = next(iter(ledger().values()))
 SETTLE = f'claim("{REAL.id}", True)'
 DIVISION = v4.new_output("error", ename="ZeroDivisionError", evalue="division by zero")
 GOOD_CELLS = [  # the last one's output differs, but is not checked
-    code(SETTLE, REAL.line + "\n", tags=[CHECKED]),
+    code(SETTLE, REAL.text + "\n", tags=[CHECKED]),
     code(f"import sys\nassert sys.prefix == {sys.prefix!r}"),
     code("1 / 0", DIVISION, tags=[CHECKED, "raises-exception"]),
     code("print(2)", "1\n"),
@@ -210,9 +210,9 @@ GOOD_CELLS = [  # the last one's output differs, but is not checked
 BAD_CELLS = {
     "failing assertion": code("assert 1 + 1 == 3, 'sums differ'"),
     "differing checked output": code("print(2)", "1\n", tags=[CHECKED]),
-    "false claim": code(f'claim("{REAL.id}", False, error=0.5)', REAL.line + "\n", tags=[CHECKED]),
+    "false claim": code(f'claim("{REAL.id}", False, error=0.5)', REAL.text + "\n", tags=[CHECKED]),
     "unknown claim": code('claim("no_such_claim", True)'),
-    "new stderr": code(f"{SETTLE}\nimport sys; print('w', file=sys.stderr)", REAL.line + "\n", tags=[CHECKED]),
+    "new stderr": code(f"{SETTLE}\nimport sys; print('w', file=sys.stderr)", REAL.text + "\n", tags=[CHECKED]),
     "raises no more": code("1 / 1", DIVISION, tags=[CHECKED, "raises-exception"]),
 }
 

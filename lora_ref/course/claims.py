@@ -1,12 +1,13 @@
 """The ledger of claims, and `claim`, which settles one of them in a lesson.
 
 A lesson opens with `claim = open_lesson("01_svd_truncation")`. From then on
-`claim("id", holds, error=error)` prints one fixed line when the ledger's finding holds as measured,
+`claim("id", holds, error=error)` prints a few fixed lines when the ledger's finding holds as measured,
 and raises `ClaimError`, with the evidence, when it does not. `claims.toml` explains its own format.
 """
 
 import difflib
 import re
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,10 +49,11 @@ class Claim:
     refs: tuple[str, ...] = ()
 
     @property
-    def line(self) -> str:
-        """The one line that `claim` prints: the ledger's words, never a measured digit."""
-        verdict = self.verdict.upper()
-        return f"✓ {self.id} · said: “{self.statement}” · verdict: {verdict} · found: {self.finding}"
+    def text(self) -> str:
+        """What `claim` prints: the ledger's words, wrapped to a page, never a measured digit."""
+        said = textwrap.wrap(f"people say: “{self.statement}”", 92)
+        found = textwrap.wrap(f"{self.verdict.upper()}. Found: {self.finding}", 92)
+        return f"✓ {self.id}\n  " + "\n  ".join(["\n    ".join(said), "\n    ".join(found)])
 
 
 def load(path: Path) -> dict[str, Claim]:
@@ -115,7 +117,7 @@ def claims_table(lesson: str) -> str:
 
 
 def claim(id: str, holds: bool, /, **evidence) -> None:
-    """Settle one claim: print its fixed line if `holds`, else raise ClaimError with the evidence.
+    """Settle one claim: print its fixed lines if `holds`, else raise ClaimError with the evidence.
 
     `holds` says whether the ledger's *finding* is what was measured, so it is True for a refuted
     statement as well. It is a bool, a numpy bool or a tensor of one bool. Evidence is shown on failure.
@@ -154,7 +156,7 @@ def _settle(id: str, holds: bool, evidence: dict, lesson: str | None = None) -> 
             f"claim {id!r} does not hold as measured\n  statement: {c.statement}\n  verdict:   {c.verdict}\n"
             f"  finding:   {c.finding}\n  evidence:  {measured or 'none; pass it as claim(id, holds, name=value)'}"
         )
-    print(c.line)
+    print(c.text)
 
 
 def _truth(id: str, holds) -> bool:

@@ -74,6 +74,13 @@ def seeds(ax: Axes, x, runs, label: str, series: int = 0) -> None:
     ax.fill_between(x, runs.min(0), runs.max(0), color=look["color"], alpha=0.15, linewidth=0)
 
 
+def log_ticks(ax: Axes, values) -> None:
+    """A logarithmic x axis with a tick at each of these values, and nowhere else."""
+    ax.set_xscale("log")
+    ax.set_xticks(list(values), [f"{v:,}" for v in values])
+    ax.minorticks_off()
+
+
 def spread(runs, digits: int = 3) -> str:
     """'mean ± standard deviation over n seeds' as text: runs is a sequence of one number a seed."""
     runs = np.asarray(runs, dtype=float)

@@ -99,12 +99,12 @@ def test_load_lists_every_fault(load):
 # claim
 
 
-def test_claim_prints_one_fixed_line(small_ledger, capsys):
-    line = "✓ lora_is_slow · said: “LoRA | is slow.” · verdict: FALSE · found: It is faster.\n"
+def test_claim_prints_fixed_lines(small_ledger, capsys):
+    lines = "✓ lora_is_slow\n  people say: “LoRA | is slow.”\n  FALSE. Found: It is faster.\n"
     for evidence in ({}, {"ratio": 0.61}, {"ratio": torch.tensor(0.62), "id": 3, "holds": 4}):
         assert claims.claim("lora_is_slow", True, **evidence) is None
-        assert capsys.readouterr().out == line
-    assert claims.ledger()["lora_is_slow"].line + "\n" == line
+        assert capsys.readouterr().out == lines
+    assert claims.ledger()["lora_is_slow"].text + "\n" == lines
 
 
 @pytest.mark.parametrize("make", [bool, np.bool_, np.array, torch.tensor])
@@ -112,7 +112,7 @@ def test_claim_takes_one_truth_value(small_ledger, capsys, make):
     claims.claim("lora_is_slow", make(True))
     with pytest.raises(ClaimError):
         claims.claim("lora_is_slow", make(False))
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert capsys.readouterr().out.count("✓") == 1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_swapped_arguments_are_named(small_ledger):
 def test_open_lesson_binds_the_lesson(small_ledger, capsys):
     claim = claims.open_lesson("03_lora_layer")
     claim("lora_is_slow", True, lesson="evidence may have any name")
-    assert capsys.readouterr().out == claims.ledger()["lora_is_slow"].line + "\n"
+    assert capsys.readouterr().out == claims.ledger()["lora_is_slow"].text + "\n"
     with pytest.raises(WrongLesson, match="'lora_is_low_rank' in lesson '01_svd_truncation', .* is '03_lora_layer'"):
         claim("lora_is_low_rank", True)
     with pytest.raises(ClaimError):
