@@ -82,6 +82,11 @@ def log_ticks(ax: Axes, values) -> None:
 
 
 def spread(runs, digits: int = 3) -> str:
-    """'mean ± standard deviation over n seeds' as text: runs is a sequence of one number a seed."""
+    """'mean ± sample standard deviation' as text; runs holds one number for each seed.
+
+    Errors: ValueError for fewer than two numbers, which have no spread.
+    """
     runs = np.asarray(runs, dtype=float)
+    if runs.ndim != 1 or len(runs) < 2:
+        raise ValueError(f"{runs.size} number(s) of shape {runs.shape} have no spread; pass one for each of the seeds")
     return f"{runs.mean():.{digits}f} ± {runs.std(ddof=1):.{digits}f}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_ref.course.models import DigitClassifier, LowRankUpdate, seeded
-from lora_ref.course.training import batch_indices, cross_entropy_many, fit, train_many
+from lora_ref.course.training import batch_indices, cross_entropy_many, fit, one_thread, train_many
 from lora_ref.intrinsic_dimension import RandomSubspace
 
 F64 = torch.float64
@@ -256,3 +256,22 @@ def test_fit_learns_and_takes_a_batch_larger_than_the_data_as_all_of_it(rng_unto
 def test_fit_refuses_models_that_train_nothing(refused):
     frozen = [whole(0).requires_grad_(False)]
     refused(lambda: fit(frozen, IMAGES, LABELS, RATES, 3), "DigitClassifier trains nothing", "requires_grad_(True)")
+
+
+def test_training_runs_on_one_thread_and_puts_the_number_back():
+    threads, seen = torch.get_num_threads(), []
+
+    def loss(p, step):
+        seen.append(torch.get_num_threads())
+        return p["x"].square().sum(1)
+
+    torch.set_num_threads(2)
+    try:
+        train_many(loss, {"x": torch.ones(3, 5)}, torch.full((3,), 0.1), 2)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            with one_thread():
+                1 / 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
