@@ -48,10 +48,19 @@ class LowRankUpdate(nn.Module):
         self.A = nn.ParameterList([torch.randn(r, k) / k**0.5 for d, k, r in shapes])
         self.B = nn.ParameterList([torch.zeros(d, r) for d, k, r in shapes])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weights(self) -> dict[str, Tensor]:
+        """Names → W0 + B·A, the weight matrices as they are used."""
         W0 = dict(self.model.named_parameters())
-        W = {name: W0[name] + B @ A for name, B, A in zip(self.names, self.B, self.A)}
-        return functional_call(self.model, W, (x,))
+        return {name: W0[name] + B @ A for name, B, A in zip(self.names, self.B, self.A)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.model, self.weights(), (x,))
+
+    def merged(self) -> nn.Module:
+        """A copy of the network with W0 + B·A written into its weights."""
+        merged = copy.deepcopy(self.model)
+        merged.load_state_dict({name: W.detach() for name, W in self.weights().items()}, strict=False)
+        return merged
 
 
 def trainable(model: nn.Module) -> int:

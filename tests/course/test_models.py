@@ -121,3 +121,16 @@ def test_with_values_is_a_copy_with_these_numbers_and_leaves_the_model_as_it_was
     assert torch.equal(filled(IMAGES), other(IMAGES)) and torch.equal(model(IMAGES), before)
     filled.layers[0].weight.data.zero_()
     assert other.layers[0].weight.any()
+
+
+def test_merged_is_the_same_function_in_plain_weights():
+    model = seeded(0, lambda: DigitClassifier(7, 3))
+    low_rank = seeded(1, lambda: LowRankUpdate(model, 2))
+    with torch.no_grad():
+        for B in low_rank.B:
+            B.normal_(generator=torch.Generator().manual_seed(2))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    merged = low_rank.merged()
+    assert torch.allclose(merged(x), low_rank(x), atol=1e-5) and not torch.allclose(merged(x), model(x), atol=1e-2)
+    for name, W in merged.named_parameters():
+        assert W.shape == dict(model.named_parameters())[name].shape
