@@ -163,7 +163,7 @@ class RandomSubspace(nn.Module):
     """Any module, trained in a random d-dimensional subspace: f(x; θ₀ + P·z), z ∈ R^d from 0.
 
         subspace = RandomSubspace(model, d=100)
-        optimizer = torch.optim.Adam([subspace.z], lr=1e-2)
+        optimizer = torch.optim.Adam([subspace.z], lr=0.1)
 
     θ₀ is the module's own parameters that required a gradient, taken as they are; the wrapper
     freezes all of the module's parameters and trains z alone. Each forward forms θ once, of D numbers. Tied
