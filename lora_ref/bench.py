@@ -258,6 +258,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"cannot write {path}; name a file in a directory that exists and is writable")
     if args.picture and args.picture.suffix.lower() != ".png":
         parser.error(f"--picture {args.picture} is not a .png; name one, such as bench.png")
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib, which is not installed; pip install matplotlib, or leave it out")
     return args
 
 

@@ -168,7 +168,7 @@ class RandomSubspace(nn.Module):
     θ₀ is the module's own parameters that required a gradient, taken as they are; the wrapper
     freezes all of the module's parameters and trains z alone. Each forward forms θ once, of D numbers. Tied
     parameters count once; buffers (batch-norm statistics) work as ever. `projection` is
-    "dense", "orthonormal" or "fastfood".
+    "dense", "orthonormal" or "fastfood"; `generator`, on the CPU, makes it reproducible.
 
     Errors, the module unchanged: TypeError for anything but a module; ValueError when nothing in
     it is trainable, a parameter is not finite, d < 1, d > D or the projection is unknown.

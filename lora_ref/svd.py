@@ -7,7 +7,8 @@ W_r is the closest matrix of rank at most r to W, in the Frobenius and in the sp
 (Eckart & Young 1936, Mirsky 1960). Lesson 01 derives it.
 
 Every function takes one matrix W of shape (d, k), d rows and k columns, in any floating-point
-dtype. 16-bit matrices are decomposed in float32 and the result is returned in W's own dtype.
+dtype. 16-bit matrices are decomposed in float32, and matrices and singular values are returned in
+W's own dtype (a float16 overflows above 65,504); `energy`, a share, stays in float32.
 All raise TypeError or ValueError, with the value and the mend, for anything but a finite,
 non-empty, real matrix.
 """

@@ -52,7 +52,7 @@ def test_every_public_name_is_there_callable_and_described_in_a_fresh_interprete
 
 
 def public(module_name):
-    """The module's own public functions and classes. By importlib: lora_ref.intrinsic_dimension is also a function."""
+    """The module's own public functions and classes."""
     module = importlib.import_module(module_name)
     return [
         thing

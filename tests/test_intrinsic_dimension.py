@@ -636,3 +636,10 @@ def test_intrinsic_dimension_refuses_what_is_no_curve(name, value, says, refused
 
 def test_two_empty_lists_are_refused(refused):
     refused(lambda: intrinsic_dimension([], [], 1.0), "dimensions is empty", "(0,)", "at least 1")
+
+
+@pytest.mark.parametrize("name", ["dense", "orthonormal"])
+def test_the_matrix_of_a_dense_projection_is_the_map_itself(name):
+    P = PROJECTIONS[name](23, 7, torch.Generator().manual_seed(0), torch.float64)
+    z = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert P.P.shape == (23, 7) and torch.allclose(P.P @ z, P(z))

@@ -44,9 +44,11 @@ class LowRankUpdate(nn.Module):
             raise ValueError(f"{type(model).__name__} has no weight matrix; pass a model with linear layers")
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.names = list(weights)
-        shapes = [(*w.shape, min(r, *w.shape)) for w in weights.values()]
-        self.A = nn.ParameterList([torch.randn(r, k) / k**0.5 for d, k, r in shapes])
-        self.B = nn.ParameterList([torch.zeros(d, r) for d, k, r in shapes])
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        for W0 in weights.values():
+            d, k = W0.shape
+            self.A.append(torch.randn(min(r, d, k), k).to(W0) / k**0.5)
+            self.B.append(W0.new_zeros(d, min(r, d, k)))
 
     def weights(self) -> dict[str, Tensor]:
         """Names → W0 + B·A, the weight matrices as they are used."""

@@ -80,7 +80,7 @@ def train_many(
     p = {name: value.clone().requires_grad_() for name, value in start.items()}
     m = {name: torch.zeros_like(value) for name, value in start.items()}
     v = {name: torch.zeros_like(value) for name, value in start.items()}
-    curve = torch.empty(steps, *rates.shape)
+    curve = None
     for t in range(steps):
         losses = loss(p, t)
         if losses.shape != rates.shape:
@@ -88,6 +88,7 @@ def train_many(
                 f"loss returned shape {tuple(losses.shape)}; it must return one loss for each run, {tuple(rates.shape)}"
             )
         gradients = torch.autograd.grad(losses.sum(), list(p.values()))
+        curve = losses.new_empty(steps, *rates.shape) if curve is None else curve
         curve[t] = losses.detach()
         rate = rates * (1 - t / steps) if decay else rates
         with torch.no_grad():
@@ -161,8 +162,11 @@ def fit(
     trained: all of a network, its LoRA factors, the z of a RandomSubspace. They are not changed.
     X is (N, 64), y (N,). Seed i draws its mini-batches from its own generator; its rates share
     them, so that rates are compared on equal data.
-    Errors: ValueError when the models train nothing.
+    A batch is at most all of X. Errors: ValueError for no models, models that train nothing, or
+    unequal numbers of images and labels.
     """
+    if not models or len(X) != len(y):
+        raise ValueError(f"{len(models)} models, {len(X)} images, {len(y)} labels; pass a model a seed, a label an image")
     state = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in models]
     names = [name for name, p in models[0].named_parameters() if p.requires_grad]
     if not names:

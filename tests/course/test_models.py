@@ -134,3 +134,11 @@ def test_merged_is_the_same_function_in_plain_weights():
     assert torch.allclose(merged(x), low_rank(x), atol=1e-5) and not torch.allclose(merged(x), model(x), atol=1e-2)
     for name, W in merged.named_parameters():
         assert W.shape == dict(model.named_parameters())[name].shape
+
+
+def test_a_low_rank_update_freezes_w0_and_keeps_its_dtype():
+    model = DigitClassifier(7, 3).to(torch.bfloat16)
+    low_rank = LowRankUpdate(model, 2)
+    assert low_rank(torch.zeros(4, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert {name[0] for name, p in low_rank.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert trainable(low_rank) == 2 * (7 + 64) + 2 * (7 + 7) + 2 * (3 + 7)

@@ -275,3 +275,9 @@ def test_training_runs_on_one_thread_and_puts_the_number_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_fit_refuses_no_models_and_unequal_labels(refused):
+    X, y = torch.zeros(9, 64), torch.zeros(9, dtype=torch.int64)
+    refused(lambda: fit([], X, y, [0.1]), "0 models", "pass a model a seed")
+    refused(lambda: fit([DigitClassifier(7, 3)], X, y[:8], [0.1]), "9 images, 8 labels", "a label an image")
