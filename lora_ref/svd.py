@@ -32,6 +32,14 @@ def _spectrum(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(_computable(W))
 
 
+def _nonzero_spectrum(W: Tensor) -> Tensor:
+    """The same, refusing the zero matrix."""
+    S = _spectrum(W)
+    if S[0] == 0:
+        raise ValueError("W is the zero matrix and has no energy to share; pass a matrix with a non-zero entry")
+    return S
+
+
 def singular_values(W: Tensor) -> Tensor:
     """σ₁ ≥ … ≥ σ_min(d,k) ≥ 0, shape (min(d, k),), in W's units.
 
@@ -110,9 +118,7 @@ def energy(W: Tensor) -> Tensor:
     Errors: as the module says, and ValueError for the zero matrix, which has no energy to share.
     Source: Eckart & Young 1936; 1 − E_r is the square of their relative error.
     """
-    S = _spectrum(W)
-    if S[0] == 0:
-        raise ValueError("W is the zero matrix and has no energy to share; pass a matrix with a non-zero entry")
+    S = _nonzero_spectrum(W)
     squares = (S / S[0]).square()  # scaled first, so that no square overflows or vanishes
     cumulative = squares.cumsum(0)
     return cumulative / cumulative[-1]
@@ -142,8 +148,7 @@ def effective_rank(W: Tensor) -> float:
     Between 1 and rank(W); equal to rank(W) exactly when all non-zero σ_i are equal.
     Errors: as `energy`. Source: Roy & Vetterli 2007.
     """
-    energy(W)  # the same refusals
-    S = _spectrum(W).double()
+    S = _nonzero_spectrum(W).double()
     p = S / S.sum()
     return math.exp(torch.special.entr(p).sum().item())
 
