@@ -64,11 +64,12 @@ def train_many(
     `loss(parameters, step)` gives one loss for each run, shape R; the curves are (steps, *R).
     "sgd" is plain gradient descent; "adam" is Adam with β = (0.9, 0.999), ε = 1e-8, equal to
     torch.optim.Adam's for each run. A run whose loss diverges does not disturb the others.
-    Errors: ValueError for an unknown optimizer, a start whose first axes are not the runs, or a
+    Errors: ValueError for an unknown optimizer, steps < 1, a start whose first axes are not the runs, or a
     loss that is not one for each run.
     """
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer = {optimizer!r} is unknown; choose 'adam' or 'sgd'")
+    check_integer(steps, "steps", 1)
     if not isinstance(rates, Tensor):
         raise TypeError(f"rates must be a torch.Tensor, got {rates!r}; convert it with torch.tensor(rates)")
     for name, value in start.items():

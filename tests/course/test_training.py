@@ -281,3 +281,8 @@ def test_fit_refuses_no_models_and_unequal_labels(refused):
     X, y = torch.zeros(9, 64), torch.zeros(9, dtype=torch.int64)
     refused(lambda: fit([], X, y, [0.1]), "0 models", "pass a model a seed")
     refused(lambda: fit([DigitClassifier(7, 3)], X, y[:8], [0.1]), "9 images, 8 labels", "a label an image")
+
+
+def test_train_many_refuses_no_steps(refused):
+    start = {"x": torch.ones(3, 5)}
+    refused(lambda: train_many(lambda p, t: p["x"].sum(1), start, torch.ones(3), 0), "steps = 0", "at least 1")
