@@ -82,7 +82,7 @@ def _faults(id: str, table) -> Iterator[str]:
         yield f"has the unknown key {key!r}; the keys are {', '.join(TEXTS)} and, optionally, refs"
     for key in TEXTS:
         if key not in table:
-            yield f"lacks the key {key!r}; add {key} = \"…\""
+            yield f'lacks the key {key!r}; add {key} = "…"'
         elif not isinstance(table[key], str) or not table[key].strip():
             yield f"{key} = {table[key]!r} says nothing; write a non-empty text"
         elif key == "verdict" and table[key] not in VERDICTS:
@@ -91,7 +91,7 @@ def _faults(id: str, table) -> Iterator[str]:
             yield f"lesson = {table[key]!r} is no lesson's name; write it as its notebook's, such as 01_svd_truncation"
     refs = table.get("refs", [])
     if not isinstance(refs, list) or not all(isinstance(ref, str) and ref.strip() for ref in refs):
-        yield f"refs = {refs!r} is no list of reference ids; write it as [\"A4\", \"C12\"]"
+        yield f'refs = {refs!r} is no list of reference ids; write it as ["A4", "C12"]'
 
 
 def ledger() -> dict[str, Claim]:
@@ -138,7 +138,7 @@ def open_lesson(lesson: str) -> Callable[..., None]:
 
 def _settle(id: str, holds: bool, evidence: dict, lesson: str | None = None) -> None:
     if not isinstance(id, str):
-        raise TypeError(f"a claim's id must be a string, got {id!r}; write claim(\"id\", holds, …)")
+        raise TypeError(f'a claim\'s id must be a string, got {id!r}; write claim("id", holds, …)')
     claims = ledger()
     if id not in claims:
         near = " or ".join(repr(match) for match in difflib.get_close_matches(id, claims))

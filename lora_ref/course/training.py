@@ -167,11 +167,15 @@ def fit(
     unequal numbers of images and labels.
     """
     if not models or len(X) != len(y):
-        raise ValueError(f"{len(models)} models, {len(X)} images, {len(y)} labels; pass a model a seed, a label an image")
+        raise ValueError(
+            f"{len(models)} models, {len(X)} images, {len(y)} labels; pass a model a seed, a label an image"
+        )
     state = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in models]
     names = [name for name, p in models[0].named_parameters() if p.requires_grad]
     if not names:
-        raise ValueError(f"{type(models[0]).__name__} trains nothing; set requires_grad_(True) on what is to be trained")
+        raise ValueError(
+            f"{type(models[0]).__name__} trains nothing; set requires_grad_(True) on what is to be trained"
+        )
     stacked = {name: torch.stack([s[name].detach() for s in state]) for name in state[0]}
     start = {name: stacked[name][:, None].repeat_interleave(len(rates), 1) for name in names}
     fixed = {name: value for name, value in stacked.items() if name not in names}

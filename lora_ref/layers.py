@@ -1,0 +1,295 @@
+"""Layers with an adapter: W = W0 + s·B·A, W0 frozen, A and B trained.
+
+    layer = LoRALinear(nn.Linear(k, d), LoRAConfig(r=4, lora_alpha=8))
+
+One class for each kind of layer; each says how its weight is a matrix W0 (d, k), and what applies a
+weight to its input. What is common to all is in `LoRALayer`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_generator, check_rank
+from .config import LoRAConfig
+from .functional import lora_linear
+from .initialization import STARTS, Start
+
+
+class LoRALayer(nn.Module):
+    """The common part. It takes over the base's own weight and bias, freezes the weight, and adds A and B.
+
+    `weight` and `bias` are the base's parameters themselves (the bias is trained if config.bias says so);
+    `lora_A` (r, k) and `lora_B` (d, r) are new, in float32 when the base has 16 bits. `start` overrides
+    config.init_lora_weights; a start with its own W0 (PiSSA, LoRA-GA) replaces `weight` by a new parameter and
+    leaves the base's as it is, for whoever shares it. `generator`, on the base's device, makes A and B
+    reproducible.
+
+    merge() forms W = W0 + s·B·A once, rounded once, for use whenever no gradient of A or B is asked for; it
+    costs one more weight in memory while it lasts. W0 is never written to: unmerge() drops W, and the base
+    is the same bit for bit. So the state dict is the same merged or not; train() unmerges; and should A, B
+    or W0 change while merged (an optimizer step, a loaded state), W is formed anew.
+
+    Errors, the base unchanged: TypeError for a base of another kind or with an integer weight; ValueError for
+    r outside 1 … min(d, k) or a start that does not fit. RuntimeError for merging twice, or unmerging
+    what is not merged.
+    """
+
+    kind: type = nn.Module  # of the base
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: LoRAConfig = LoRAConfig(),
+        start: Start | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.check(base, config)
+        W0 = self.matrix(base.weight.detach())
+        check_rank(config.r, *W0.shape)
+        check_generator(generator, W0.device)
+        if start is None:
+            start = self.first(W0, config, generator)
+        (d, k), r = W0.shape, config.r
+        if start.A.shape != (r, k) or start.B.shape != (d, r) or start.W0.shape != (d, k):
+            shapes = ", ".join(f"{name} {tuple(M.shape)}" for name, M in start._asdict().items())
+            raise ValueError(f"the start has {shapes}; this layer needs A ({r}, {k}), B ({d}, {r}), W0 ({d}, {k})")
+        self.config, self.scale, self.lora_dropout = config, config.scale, config.lora_dropout
+        self.weight, self.bias = base.weight, getattr(base, "bias", None)
+        if start.W0.data_ptr() != W0.data_ptr():
+            self.weight = nn.Parameter(self.as_weight(start.W0).clone())
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(config.bias != "none")
+        self.lora_A, self.lora_B = nn.Parameter(start.A), nn.Parameter(start.B)
+        self.register_buffer("merged_weight", None, persistent=False)
+
+    # What a kind of layer says about itself
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as W0 (d, k): a view."""
+        return weight
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        """W (d, k) in the layout of the weight: the inverse of `matrix`."""
+        return W
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The base's forward, with this weight."""
+        raise NotImplementedError
+
+    def apply_adapter(self, x: Tensor) -> Tensor:
+        """The base's forward plus s·B·A's, for training."""
+        raise NotImplementedError
+
+    # What follows from it
+
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig) -> None:
+        if not isinstance(base, cls.kind) or type(base).forward is not cls.kind.forward:
+            raise TypeError(
+                f"{cls.__name__} wraps {cls.kind.__name__}, got {type(base).__name__}; a layer with a forward of its "
+                "own would compute something else"
+            )
+        cls.check_parts(base, config)
+
+    @staticmethod
+    def check_parts(base: nn.Module, config: LoRAConfig) -> None:
+        if not isinstance(config, LoRAConfig):
+            raise TypeError(f"config must be a LoRAConfig, got {config!r}; use LoRAConfig(r=8, lora_alpha=16)")
+        if not base.weight.is_floating_point():
+            raise TypeError(f"the base's weight is {base.weight.dtype}, not floating-point; dequantise it first")
+
+    def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
+        """Where A and B begin when no start is given."""
+        if config.start == "lora_ga":
+            raise ValueError("init_lora_weights = 'lora_ga' needs a gradient; pass start=lora_ga(W, r, s, gradient=…)")
+        if W0.is_meta:  # shapes alone: for counting
+            dtype = torch.promote_types(W0.dtype, torch.float32)
+            new = W0.new_empty
+            return Start(new(config.r, W0.shape[1], dtype=dtype), new(len(W0), config.r, dtype=dtype), W0)
+        return STARTS[config.start](W0, config.r, config.scale, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_weight is None or (
+            torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad)
+        ):
+            return self.apply_adapter(x)
+        if not torch.compiler.is_compiling() and self._versions != self._current():
+            self._form()
+        return self.apply_weight(x, self.merged_weight)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s·B·A in the layout of the weight, in the factors' dtype."""
+        return self.as_weight(self.scale * (self.lora_B @ self.lora_A))
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
+
+    def merge(self) -> None:
+        """Use W0 + s·B·A where no gradient of A or B is asked for: the base's own cost, at one more weight in memory."""
+        if self.merged:
+            raise RuntimeError(f"this {type(self).__name__} is merged already; unmerge() it first")
+        self._form()
+
+    def unmerge(self) -> None:
+        """Drop the merged weight; W0, which merging left alone, is in use again."""
+        if not self.merged:
+            raise RuntimeError(f"this {type(self).__name__} is not merged; there is nothing to unmerge")
+        self.merged_weight = None
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.merged_weight = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _form(self) -> None:
+        """W0 + s·B·A in the wider of both dtypes, then rounded once to W0's."""
+        W0, BA = self.weight, self.delta_weight()
+        self.merged_weight = (W0.to(torch.promote_types(W0.dtype, BA.dtype)) + BA).to(W0.dtype)
+        self._versions = self._current()
+
+    def _current(self) -> tuple:
+        """Changes with every write to A, B or W0."""
+        return tuple(0 if p.is_inference() else p._version for p in (self.lora_A, self.lora_B, self.weight))
+
+    def extra_repr(self) -> str:
+        (d, k), c = self.matrix(self.weight).shape, self.config
+        rule = "/√r" if c.use_rslora else "/r"
+        return f"d={d}, k={k}, r={len(self.lora_A)}, lora_alpha={c.lora_alpha:g}, scale={self.scale:g} (α{rule})" + (
+            f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        )
+
+
+class LoRALinear(LoRALayer):
+    """y = W0·x + b + s·B·(A·D(x)) around an nn.Linear: x (…, k) → y (…, d). Weight (d, k).
+
+    D is dropout with config.lora_dropout while training. Source: Hu et al. 2021 (arXiv 2106.09685).
+    """
+
+    kind = nn.Linear
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def apply_adapter(self, x: Tensor) -> Tensor:
+        return lora_linear(
+            x,
+            self.matrix(self.weight),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scale,
+            self.lora_dropout,
+            self.training,
+        )
+
+
+class LoRAConv1D(LoRALinear):
+    """The same around GPT-2's Conv1D, a linear layer that stores its weight transposed: (k, d) = (in, out).
+
+    Takes transformers' Conv1D, known by its name, so that transformers need not be there.
+    """
+
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig) -> None:
+        if type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
+            raise TypeError(f"LoRAConv1D wraps transformers' Conv1D (GPT-2), got {type(base).__name__}; see LoRALinear")
+        cls.check_parts(base, config)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.T, self.bias)
+
+
+class LoRAEmbedding(LoRALayer):
+    """Token i ↦ row i of W0ᵀ + s·(B·A)ᵀ, around an nn.Embedding of V tokens: ids (…) → (…, d). Weight (V, d).
+
+    With the one-hot vector e_i as input it is the linear layer y = (W0 + s·B·A)·e_i, so k = V: A (r, V) gives each
+    token r numbers, B (d, r) is shared. When config.init_lora_weights is True, A = 0 and B ~ N(0, 1), as in
+    loralib and PEFT. There is no dropout: an id cannot be dropped. The padding row gets no gradient.
+    Errors: ValueError for max_norm or sparse=True, which rewrite or spare rows of the weight.
+    """
+
+    kind = nn.Embedding
+
+    def __init__(self, base: nn.Module, *args, **kwargs):
+        super().__init__(base, *args, **kwargs)
+        self.options = {"padding_idx": base.padding_idx, "scale_grad_by_freq": base.scale_grad_by_freq}
+
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig) -> None:
+        super().check(base, config)
+        for name in ("max_norm", "sparse"):
+            if getattr(base, name):
+                raise ValueError(
+                    f"the embedding has {name} = {getattr(base, name)!r}, which a frozen weight has no use for; unset it"
+                )
+
+    def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
+        start = super().first(W0, config, generator)
+        if config.start != "kaiming" or W0.is_meta:
+            return start
+        return Start(torch.zeros_like(start.A), torch.empty_like(start.B).normal_(generator=generator), W0)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, **self.options)
+
+    def apply_adapter(self, x: Tensor) -> Tensor:
+        y = self.apply_weight(x, self.weight)
+        update = self.scale * F.linear(self.apply_weight(x, self.lora_A.T), self.lora_B)
+        return y + update.to(y.dtype)
+
+
+class LoRAConv2d(LoRALayer):
+    """conv(x, W0) + b + s·conv₁ₓ₁(conv(D(x), A), B) around an nn.Conv2d. Weight (d, c, h, w), k = c·h·w.
+
+    A filter is a row of the matrix W0 (d, k): A is r filters of the base's size, stride, padding and dilation, B
+    mixes their outputs at each place. Source: loralib's Conv2d, with PEFT's meaning of r.
+    Errors: ValueError for groups other than 1 or a padding_mode other than "zeros".
+    """
+
+    kind = nn.Conv2d
+
+    def __init__(self, base: nn.Module, *args, **kwargs):
+        super().__init__(base, *args, **kwargs)
+        self.options = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig) -> None:
+        super().check(base, config)
+        if base.groups != 1 or base.padding_mode != "zeros":
+            raise ValueError(
+                f"the convolution has groups = {base.groups}, padding_mode = {base.padding_mode!r}; "
+                "LoRAConv2d knows groups = 1 and padding_mode = 'zeros'"
+            )
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W.view(len(W), *self.weight.shape[1:])
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, **self.options)
+
+    def apply_adapter(self, x: Tensor) -> Tensor:
+        y = self.apply_weight(x, self.weight)
+        dropped = F.dropout(x, self.lora_dropout, self.training)
+        h = F.conv2d(dropped, self.as_weight(self.lora_A).to(x.dtype), **self.options)
+        return y + self.scale * F.conv2d(h, self.lora_B.to(x.dtype)[:, :, None, None])
