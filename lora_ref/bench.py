@@ -24,7 +24,7 @@ import os
 import platform
 import statistics
 import sys
-import time
+import textwrap
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,65 +32,12 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_integer
+from . import layer_bench
 from .intrinsic_dimension import PROJECTIONS
+from .measure import paired, quartiles
 from .svd import randomized_svd
 
 LARGEST_DENSE = 256 * 2**20  # bytes: a larger dense P is counted, not built
-
-
-class Timing(NamedTuple):
-    """One contender: its seconds in each round, and their ratios to the reference's in that round."""
-
-    seconds: list[float]
-    ratios: list[float]
-
-    @property
-    def ms(self) -> float:
-        return 1e3 * statistics.median(self.seconds)
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """{q1, median, q3} of at least one number, by linear interpolation. Errors: ValueError when empty."""
-    if not values:
-        raise ValueError("values is empty and has no quartiles; pass at least one number")
-    cuts = statistics.quantiles(values * 2 if len(values) == 1 else values, method="inclusive")
-    return dict(zip(("q1", "median", "q3"), cuts))
-
-
-def paired(
-    functions: dict[str, Callable], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Timing]:
-    """Time the contenders in turns; the first one is the reference of every ratio.
-
-        round i calls them in the order i, i + 1, … (mod n);   ratio_i = t_i(name) / t_i(first)
-
-    `functions` maps names to functions of no arguments; `warmup` untimed rounds go first. Where CUDA
-    is in use, each reading of the clock waits for the device. Results are dropped at once.
-    Errors: ValueError for no contender, rounds < 1, warmup < 0, or a reference too fast for the clock.
-    """
-    rounds, warmup = check_integer(rounds, "rounds", 1), check_integer(warmup, "warmup", 0)
-    if not functions:
-        raise ValueError("functions is empty; pass at least one contender, as {name: function}")
-
-    def now() -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return clock()
-
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(-warmup, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = now()
-            functions[name]()
-            elapsed = now() - start
-            if i >= 0:
-                seconds[name].append(elapsed)
-    reference = seconds[names[0]]
-    if min(reference) <= 0:
-        raise ValueError(f"{names[0]!r} took no time that the clock can see; let one call do more work")
-    return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference)]) for name, own in seconds.items()}
 
 
 def svd_rows(case: tuple[int, int], rounds: int) -> Iterator[dict]:
@@ -153,17 +100,31 @@ def projection_finding(rows: list[dict]) -> str:
 
 class Benchmark(NamedTuple):
     """`rows(case, rounds)` yields a case's rows, its docstring is the table's caption; `finding(rows)` is a
-    sentence for people. `cases` rise in size: --quick runs the first, --full all, a plain run all but the last."""
+    sentence for people. `cases` rise in size: --quick runs the first, --full all, a plain run the first `plain`.
+    `draw(axes, rows)` draws the picture's panel; without one it is time against size."""
 
     rows: Callable[[tuple, int], Iterator[dict]]
     finding: Callable[[list[dict]], str]
     xlabel: str
     cases: list[tuple]
+    plain: int = -1
+    draw: Callable | None = None
 
 
 SHAPES = [(256, 192), (512, 384), (1024, 768), (2048, 1536), (3072, 2304)]
 SUBSPACES = [(8_970, 256), (100_000, 256), (1_000_000, 256), (4_000_000, 256)]
 BENCHMARKS = {
+    "layer": Benchmark(
+        layer_bench.layer_rows, layer_bench.layer_finding, "", layer_bench.LAYERS, layer_bench.PLAIN, layer_bench.draw
+    ),
+    "layer_memory": Benchmark(
+        layer_bench.memory_rows,
+        layer_bench.memory_finding,
+        "",
+        layer_bench.LAYERS,
+        layer_bench.PLAIN,
+        layer_bench.draw_memory,
+    ),
     "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES),
     "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES),
 }
@@ -188,33 +149,40 @@ def table(name: str, rows: list[dict]) -> str:
     return "\n".join([f"{name}: {inspect.getdoc(bench.rows)}\n", *body, bench.finding(rows) + "."])
 
 
+def draw_times(axes, rows: list[dict]) -> None:
+    """The median time of every contender against the size, both logarithmic, bars = quartiles."""
+    labels = dict.fromkeys(label for row in rows for label in row["seconds"])
+    for label, style in zip(labels, itertools.cycle(("o-", "s--", "^:", "D-."))):
+        points = [(row["size"], quartiles(row["seconds"][label])) for row in rows if label in row["seconds"]]
+        x, y = [x for x, _ in points], [1e3 * q["median"] for _, q in points]
+        bars = [[1e3 * abs(q[end] - q["median"]) for _, q in points] for end in ("q1", "q3")]
+        axes.errorbar(x, y, yerr=bars, fmt=style, capsize=3, label=label)
+    axes.set(xscale="log", yscale="log", ylabel="one call, ms (bars: quartiles)")
+
+
 def picture(results: dict[str, list[dict]]) -> bytes:
-    """A PNG: for each benchmark the median time against the size, both logarithmic, bars = quartiles."""
+    """A PNG: a panel for each benchmark, its finding as the title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2 * len(results), 4.6), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
-        labels = dict.fromkeys(label for row in rows for label in row["seconds"])
-        for label, style in zip(labels, itertools.cycle(("o-", "s--", "^:", "D-."))):
-            points = [(row["size"], quartiles(row["seconds"][label])) for row in rows if label in row["seconds"]]
-            x, y = [x for x, _ in points], [1e3 * q["median"] for _, q in points]
-            bars = [[1e3 * abs(q[end] - q["median"]) for _, q in points] for end in ("q1", "q3")]
-            axes.errorbar(x, y, yerr=bars, fmt=style, capsize=3, label=label)
-        axes.set(xscale="log", yscale="log", xlabel=BENCHMARKS[name].xlabel, ylabel="one call, ms (bars: quartiles)")
-        axes.set_title(BENCHMARKS[name].finding(rows), fontsize="medium")
+        (BENCHMARKS[name].draw or draw_times)(axes, rows)
+        if BENCHMARKS[name].xlabel:
+            axes.set_xlabel(BENCHMARKS[name].xlabel)
+        axes.set_title(textwrap.fill(BENCHMARKS[name].finding(rows), 76), fontsize="medium")
         axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 
-def environment() -> dict:
+def environment(device: str = "cpu") -> dict:
     """Where the numbers come from: versions, threads and the class of machine, no host's name."""
     return {
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -241,6 +209,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, all times and the environment")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw time against size")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the layer benchmarks (default cpu)"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the smallest size only: seconds")
     size.add_argument("--full", action="store_true", help="larger sizes too: minutes")
@@ -253,6 +224,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):
         if value < 1:
             parser.error(f"{option} {value} is out of range; pass 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device; leave it out to run on the CPU")
     for path in filter(None, (args.json, args.picture)):
         if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
             parser.error(f"cannot write {path}; name a file in a directory that exists and is writable")
@@ -266,8 +239,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
-    end = 1 if args.quick else None if args.full else -1
-    cases = [(name, case) for name in args.names for case in BENCHMARKS[name].cases[:end]]
+    layer_bench.DEVICE = torch.device(args.device)
+    cases = []
+    for name in args.names:
+        end = 1 if args.quick else None if args.full else BENCHMARKS[name].plain
+        cases += [(name, case) for case in BENCHMARKS[name].cases[:end]]
     if importlib.util.find_spec("tqdm"):
         from tqdm import tqdm
 
@@ -275,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, list[dict]] = {name: [] for name in args.names}
     for name, case in cases:
         results[name] += BENCHMARKS[name].rows(case, args.rounds)
-    report = {"environment": environment() | {"rounds": args.rounds}, "benchmarks": results}
+    report = {"environment": environment(args.device) | {"rounds": args.rounds}, "benchmarks": results}
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
     for name, rows in results.items():
         print("\n" + table(name, rows))

@@ -76,9 +76,8 @@ class LoRAConfig:
             value = getattr(self, name)
             names = [] if value is None or (isinstance(value, str) and name != "modules_to_save") else value
             if isinstance(names, str) or not all(isinstance(entry, str) for entry in names):
-                raise TypeError(
-                    f"{name} must be a list of names{'' if name == 'modules_to_save' else ' or one string'}, got {value!r}"
-                )
+                kinds = "a list of names" if name == "modules_to_save" else "a list of names or one string"
+                raise TypeError(f"{name} must be {kinds}, got {value!r}")
         for pattern, ranks in (("rank_pattern", True), ("alpha_pattern", False)):
             value = getattr(self, pattern)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -73,7 +73,7 @@ def lora_linear(
     Source: Hu et al. 2021 (arXiv 2106.09685), equation 3.
     """
     _check(x, weight, bias, A, B, scale, dropout_p)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     p = dropout_p if training else 0.0
@@ -86,13 +86,13 @@ def lora_linear(
 
 
 def materialises(N: int, d: int, k: int, dtype: torch.dtype, dropout_p: float = 0.0) -> bool:
-    """Whether W = W0 + s·B·A is formed before the product: N ≥ 20·dk/(d+k), no dropout, 32 or 64 bits.
+    """Whether W = W0 + s·B·A is formed before the product: N ≥ 40·dk/(d+k), no dropout, 32 or 64 bits.
 
     Forming W takes d·k·r multiply-adds where adding H·Bᵀ or Z·A takes N·r·d or N·r·k, so it costs less as
-    soon as N > dk/(d+k); its buffer of dk numbers is at most 5 % of x, y and their gradients from 20 times
+    soon as N > dk/(d+k); its buffer of dk numbers is at most 2.5 % of y and ∂L/∂x from 40 times
     that on. In 16 bits W0 + s·B·A would round the update away; dropout leaves no single W.
     """
-    return dropout_p == 0 and dtype in (torch.float32, torch.float64) and N * (d + k) >= 20 * d * k
+    return dropout_p == 0 and dtype in (torch.float32, torch.float64) and N * (d + k) >= 40 * d * k
 
 
 def _check(x, weight, bias, A, B, scale, dropout_p) -> None:
@@ -100,18 +100,22 @@ def _check(x, weight, bias, A, B, scale, dropout_p) -> None:
     try:
         (d, k), (r, _) = weight.shape, A.shape
         fits = x.shape[-1] == k == A.shape[1] and B.shape == (d, r) and (bias is None or bias.shape == (d,))
-        like = x.device == weight.device == A.device == B.device and (x.dtype == weight.dtype or _autocasts(x))
+        like = x.device == weight.device == A.device == B.device and (x.dtype == weight.dtype or _autocasts(x, weight))
         if fits and like and x.is_floating_point() and A.is_floating_point() and B.is_floating_point():
-            if bias is None or (bias.dtype == weight.dtype and bias.device == x.device):
-                if math.isfinite(scale) and 0 <= dropout_p < 1:
+            if bias is None or (bias.device == x.device and (bias.dtype == x.dtype or _autocasts(x, bias))):
+                if not isinstance(scale, Tensor) and math.isfinite(scale) and 0 <= dropout_p < 1:
                     return
     except (AttributeError, IndexError, TypeError, ValueError):
         pass
     raise _refusal({"x": x, "weight": weight, "bias": bias, "A": A, "B": B}, scale, dropout_p)
 
 
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def _autocasts(*tensors: Tensor) -> bool:
+    """Whether autocast is on and gives these tensors its dtype; it leaves float64 alone, and knows no meta device."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return False
+    return all(tensor.dtype != torch.float64 for tensor in tensors)
 
 
 def _refusal(tensors: dict, scale: float, dropout_p: float) -> Exception:
@@ -181,13 +185,16 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, X, W0, bias, A, B, s, p):
+        if _autocasts(X):
+            with torch.autocast(X.device.type, enabled=False):
+                return LoRALinearFunction.forward(ctx, X, W0, bias, A, B, s, p)
         need_X, need_W0, _, need_A, need_B, _, _ = ctx.needs_input_grad
         dtype = _product_dtype(X, A)
         a, b, dropped, mask = _to(A, dtype), _to(B, dtype), X, None
         if p:
             p = min(round(p * LANES), LANES - 1) / LANES
             mask = _keep_mask(X, p)
-            dropped, s = X * _number(mask, X.dtype), s / (1 - p)
+            dropped, s = _number(mask, X.dtype).mul_(X), s / (1 - p)
         materialised = materialises(len(X), *W0.shape, X.dtype, p)
         H = torch.mm(_to(dropped, dtype), a.t()) if need_B or not materialised else None
         if materialised:
@@ -207,12 +214,13 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, G):
-        if torch.is_autocast_enabled(G.device.type):
+        if _autocasts(G):
             with torch.autocast(G.device.type, enabled=False):
                 return LoRALinearFunction.backward(ctx, G)
         need_X, need_W0, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
         X, W0, A, B, H, mask = ctx.saved_tensors
-        s, keep = ctx.s, None if mask is None else _number(mask, G.dtype)
+        s, create_graph = ctx.s, torch.is_grad_enabled()
+        keep = None if mask is None else _number(mask, G.dtype)
         dX = dW0 = dA = dB = None
         if need_X or need_A or need_B:
             dtype = _product_dtype(G if X is None else X, B if A is None else A)
@@ -227,22 +235,27 @@ class LoRALinearFunction(torch.autograd.Function):
             elif keep is None:
                 dX = _add_product(torch.mm(G, W0), Z, a, s)
             else:
-                dX = torch.mm(G, W0).addcmul_(_to(torch.mm(Z, a), G.dtype), keep, value=s)
+                dX = _to(torch.mm(Z * s, a), G.dtype).mul_(keep).addmm_(G, W0)
+        if need_A or (need_B and create_graph):
+            D = X  # as the adapter saw it; keep has done its work above and its memory is used again
+            if keep is not None and X is not None:
+                D = X * keep if create_graph else keep.mul_(X)
+            D = None if D is None else _to(D, dtype)
         if need_A:
-            dA = _to(torch.mm(Z.t(), _to(X if keep is None else X * keep, dtype)).mul_(s), A.dtype)
+            dA = _to(torch.mm(Z.t(), D).mul_(s), A.dtype)
         if need_B:
-            if torch.is_grad_enabled():  # create_graph: H once more, this time with its own derivative
-                H = _differentiable_H(X, A, keep, dtype)
+            if create_graph:  # H once more, this time with its own derivative
+                H = _differentiable_H(D, A)
             dB = _to(torch.mm(H.t(), g).mul_(s).t(), B.dtype)  # (HᵀG)ᵀ: on a CPU half the time of GᵀH
         if need_W0:
             dW0 = torch.mm(G.t(), X)
         return dX, dW0, G.sum(0) if need_bias else None, dA, dB, None, None
 
 
-def _differentiable_H(X: Tensor | None, A: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if X is None:
+def _differentiable_H(D: Tensor | None, A: Tensor) -> Tensor:
+    if D is None:
         raise RuntimeError(
             "lora_linear keeps no x while A is frozen, and has no second derivative then; "
             "let A require a gradient, or use lora_linear_reference"
         )
-    return torch.mm(_to(X if keep is None else X * keep, dtype), _to(A, dtype).t())
+    return torch.mm(D, _to(A, D.dtype).t())

@@ -131,7 +131,8 @@ def lora_ga(
         raise ValueError(f"gradient has shape {tuple(gradient.shape)}, W {tuple(W.shape)}; pass ∂L/∂W of this layer")
     if 2 * r > min(W.shape):
         raise ValueError(
-            f"r = {r}: the start takes 2r directions of a {len(W)}×{W.shape[1]} gradient; choose r <= {min(W.shape) // 2}"
+            f"r = {r}: the start takes 2r directions of a {len(W)}×{W.shape[1]} gradient; "
+            f"choose r <= {min(W.shape) // 2}"
         )
     U, _, Vh = torch.linalg.svd(gradient.detach().to(new(0).dtype), full_matrices=False)
     c = len(W) ** 0.25 / math.sqrt(gamma * s)

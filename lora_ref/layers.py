@@ -130,7 +130,7 @@ class LoRALayer(nn.Module):
         return self.merged_weight is not None
 
     def merge(self) -> None:
-        """Use W0 + s·B·A where no gradient of A or B is asked for: the base's own cost, at one more weight in memory."""
+        """Use W0 + s·B·A where no gradient of A or B is asked for: the base's speed, one more weight in memory."""
         if self.merged:
             raise RuntimeError(f"this {type(self).__name__} is merged already; unmerge() it first")
         self._form()
@@ -232,7 +232,7 @@ class LoRAEmbedding(LoRALayer):
         for name in ("max_norm", "sparse"):
             if getattr(base, name):
                 raise ValueError(
-                    f"the embedding has {name} = {getattr(base, name)!r}, which a frozen weight has no use for; unset it"
+                    f"the embedding has {name} = {getattr(base, name)!r}, of no use to a frozen weight; unset it"
                 )
 
     def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
