@@ -20,7 +20,7 @@ def scale(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
         raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}; PEFT's default is 8")
     if not (math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha = {lora_alpha!r} is out of range; choose a finite number above 0, such as {r}")
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+    return float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,18 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             names = [] if value is None or (isinstance(value, str) and name != "modules_to_save") else value
-            if isinstance(names, str) or not all(isinstance(entry, str) for entry in names):
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(entry, str) for entry in names):
                 kinds = "a list of names" if name == "modules_to_save" else "a list of names or one string"
                 raise TypeError(f"{name} must be {kinds}, got {value!r}")
         for pattern, ranks in (("rank_pattern", True), ("alpha_pattern", False)):
             value = getattr(self, pattern)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise TypeError(f"{pattern} must be a dict from regular expressions to numbers, got {value!r}")
-            for number in value.values():
-                self.scale_of(r=number) if ranks else self.scale_of(lora_alpha=number)
+            for key, number in value.items():
+                try:
+                    scale(self.lora_alpha, number) if ranks else scale(number, self.r)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{pattern}[{key!r}]: {error}") from None
 
     @property
     def scale(self) -> float:

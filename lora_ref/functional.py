@@ -113,7 +113,7 @@ def _check(x, weight, bias, A, B, scale, dropout_p) -> None:
 def _autocasts(*tensors: Tensor) -> bool:
     """Whether autocast is on and gives these tensors its dtype; it leaves float64 alone, and knows no meta device."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return False
     return all(tensor.dtype != torch.float64 for tensor in tensors)
 
@@ -201,7 +201,7 @@ class LoRALinearFunction(torch.autograd.Function):
             Y = F.linear(X, torch.addmm(W0, b, a, alpha=s), bias)
         else:
             Y = _add_product(F.linear(X, W0, bias), H, b.t(), s)
-        ctx.s, ctx.materialised = s, materialised
+        ctx.s, ctx.materialised, ctx.dtypes = s, materialised, (dtype, A.dtype, B.dtype)
         ctx.save_for_backward(
             X if need_A or need_W0 else None,
             W0 if need_X else None,
@@ -219,11 +219,10 @@ class LoRALinearFunction(torch.autograd.Function):
                 return LoRALinearFunction.backward(ctx, G)
         need_X, need_W0, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
         X, W0, A, B, H, mask = ctx.saved_tensors
-        s, create_graph = ctx.s, torch.is_grad_enabled()
+        s, create_graph, (dtype, dtype_A, dtype_B) = ctx.s, torch.is_grad_enabled(), ctx.dtypes
         keep = None if mask is None else _number(mask, G.dtype)
         dX = dW0 = dA = dB = None
         if need_X or need_A or need_B:
-            dtype = _product_dtype(G if X is None else X, B if A is None else A)
             g = _to(G, dtype)
         if need_X or need_A:
             b = _to(B, dtype)
@@ -242,11 +241,11 @@ class LoRALinearFunction(torch.autograd.Function):
                 D = X * keep if create_graph else keep.mul_(X)
             D = None if D is None else _to(D, dtype)
         if need_A:
-            dA = _to(torch.mm(Z.t(), D).mul_(s), A.dtype)
+            dA = _to(torch.mm(Z.t(), D).mul_(s), dtype_A)
         if need_B:
             if create_graph:  # H once more, this time with its own derivative
                 H = _differentiable_H(D, A)
-            dB = _to(torch.mm(H.t(), g).mul_(s).t(), B.dtype)  # (HᵀG)ᵀ: on a CPU half the time of GᵀH
+            dB = _to(torch.mm(H.t(), g).mul_(s).t(), dtype_B)  # (HᵀG)ᵀ: on a CPU half the time of GᵀH
         if need_W0:
             dW0 = torch.mm(G.t(), X)
         return dX, dW0, G.sum(0) if need_bias else None, dA, dB, None, None

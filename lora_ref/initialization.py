@@ -11,6 +11,7 @@ TypeError or ValueError for a W that is not a finite real matrix, r outside 1 �
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ def random(
     """
     new = _factors(W, r, s, generator)
     A, B = new(r, W.shape[1]), new(len(W), r)
+    if std is not None:
+        _check_positive(std, "std", "None gives PEFT's widths")
     if std is None:
         A, B = kaiming(W, r, s, generator).A, zero_a(W, r, s, generator).B
     else:
@@ -127,6 +130,7 @@ def lora_ga(
     is ours.
     """
     new = _factors(W, r, s, generator)
+    _check_positive(gamma, "gamma", "the paper's is 16")
     if check_matrix(gradient, "gradient") != tuple(W.shape):
         raise ValueError(f"gradient has shape {tuple(gradient.shape)}, W {tuple(W.shape)}; pass ∂L/∂W of this layer")
     if 2 * r > min(W.shape):
@@ -146,10 +150,16 @@ def _factors(W: Tensor, r: int, s: float, generator: torch.Generator | None):
     """Check, and return a maker of zero tensors of the factors' dtype on W's device."""
     check_rank(r, *check_matrix(W))
     check_generator(generator, W.device)
-    if not (math.isfinite(s) and s > 0):
-        raise ValueError(f"s = {s!r} is out of range; take it from LoRAConfig(r=…, lora_alpha=…).scale")
+    _check_positive(s, "s", "take it from LoRAConfig(r=…, lora_alpha=…).scale")
     dtype = torch.promote_types(W.dtype, torch.float32)
     return lambda *shape: torch.zeros(*shape, dtype=dtype, device=W.device)
+
+
+def _check_positive(value: float, name: str, mend: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}; {mend}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} = {value!r} is out of range; {mend}")
 
 
 def _residual(W: Tensor, A: Tensor, B: Tensor, s: float) -> Start:

@@ -51,6 +51,8 @@ class LoRALayer(nn.Module):
         check_generator(generator, W0.device)
         if start is None:
             start = self.first(W0, config, generator)
+        if not isinstance(start, Start):
+            raise TypeError(f"start must be a Start(A, B, W0), got {type(start).__name__}; see initialization.STARTS")
         (d, k), r = W0.shape, config.r
         if start.A.shape != (r, k) or start.B.shape != (d, r) or start.W0.shape != (d, k):
             shapes = ", ".join(f"{name} {tuple(M.shape)}" for name, M in start._asdict().items())
@@ -58,11 +60,11 @@ class LoRALayer(nn.Module):
         self.config, self.scale, self.lora_dropout = config, config.scale, config.lora_dropout
         self.weight, self.bias = base.weight, getattr(base, "bias", None)
         if start.W0.data_ptr() != W0.data_ptr():
-            self.weight = nn.Parameter(self.as_weight(start.W0).clone())
+            self.weight = _parameter(self.as_weight(start.W0))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(config.bias != "none")
-        self.lora_A, self.lora_B = nn.Parameter(start.A), nn.Parameter(start.B)
+        self.lora_A, self.lora_B = _parameter(start.A), _parameter(start.B)
         self.register_buffer("merged_weight", None, persistent=False)
 
     # What a kind of layer says about itself
@@ -98,6 +100,8 @@ class LoRALayer(nn.Module):
     def check_parts(base: nn.Module, config: LoRAConfig) -> None:
         if not isinstance(config, LoRAConfig):
             raise TypeError(f"config must be a LoRAConfig, got {config!r}; use LoRAConfig(r=8, lora_alpha=16)")
+        if not isinstance(base.weight, nn.Parameter):
+            raise TypeError("the base's weight is computed, not a parameter; remove its parametrization first")
         if not base.weight.is_floating_point():
             raise TypeError(f"the base's weight is {base.weight.dtype}, not floating-point; dequantise it first")
 
@@ -116,8 +120,11 @@ class LoRALayer(nn.Module):
             torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad)
         ):
             return self.apply_adapter(x)
-        if not torch.compiler.is_compiling() and self._versions != self._current():
-            self._form()
+        if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():  # the factors may be a transform's, gone after it
+                return self.apply_adapter(x)
+            if self._versions != self._current():
+                self._form()
         return self.apply_weight(x, self.merged_weight)
 
     @torch.no_grad()
@@ -146,6 +153,7 @@ class LoRALayer(nn.Module):
             self.merged_weight = None
         return super().train(mode)
 
+    @torch.inference_mode(False)  # autograd may meet the merged weight later
     @torch.no_grad()
     def _form(self) -> None:
         """W0 + s·B·A in the wider of both dtypes, then rounded once to W0's."""
@@ -154,8 +162,9 @@ class LoRALayer(nn.Module):
         self._versions = self._current()
 
     def _current(self) -> tuple:
-        """Changes with every write to A, B or W0."""
-        return tuple(0 if p.is_inference() else p._version for p in (self.lora_A, self.lora_B, self.weight))
+        """Changes with every write to A, B or W0, and when another tensor takes the place of one."""
+        factors = (self.lora_A, self.lora_B, self.weight)
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in factors)
 
     def extra_repr(self) -> str:
         (d, k), c = self.matrix(self.weight).shape, self.config
@@ -163,6 +172,11 @@ class LoRALayer(nn.Module):
         return f"d={d}, k={k}, r={len(self.lora_A)}, lora_alpha={c.lora_alpha:g}, scale={self.scale:g} (α{rule})" + (
             f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
         )
+
+
+def _parameter(M: Tensor) -> nn.Parameter:
+    """A parameter of its own, contiguous memory."""
+    return nn.Parameter(M.detach().clone(memory_format=torch.contiguous_format))
 
 
 class LoRALinear(LoRALayer):

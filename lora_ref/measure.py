@@ -1,5 +1,6 @@
-"""What a piece of code takes: seconds, in fair turns; the peak of its memory; what it saves for the backward."""
+"""What a piece of code takes: seconds, in fair turns; multiply-adds; peak memory; what it saves for the backward."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of peak_bytes would write to stderr
 
 
 class Timing(NamedTuple):
@@ -63,6 +66,18 @@ def paired(
     if min(reference) <= 0:
         raise ValueError(f"{names[0]!r} took no time that the clock can see; let one call do more work")
     return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference)]) for name, own in seconds.items()}
+
+
+def multiply_adds(function: Callable[[], object]) -> int:
+    """The multiply-adds of the matrix products and convolutions in function(), backward included: half its FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def in_place(Y, H, M, **_) -> int:  # Y += H·M, shapes: the one product that torch's counter leaves out
+        return 2 * H[0] * H[1] * M[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        function()
+    return counter.get_total_flops() // 2
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
