@@ -103,7 +103,7 @@ def _check(x, weight, bias, A, B, scale, dropout_p) -> None:
         like = x.device == weight.device == A.device == B.device and (x.dtype == weight.dtype or _autocasts(x, weight))
         if fits and like and x.is_floating_point() and A.is_floating_point() and B.is_floating_point():
             if bias is None or (bias.device == x.device and (bias.dtype == x.dtype or _autocasts(x, bias))):
-                if not isinstance(scale, Tensor) and math.isfinite(scale) and 0 <= dropout_p < 1:
+                if not isinstance(scale, Tensor) and -math.inf < scale < math.inf and 0 <= dropout_p < 1:
                     return
     except (AttributeError, IndexError, TypeError, ValueError):
         pass
@@ -235,7 +235,8 @@ class LoRALinearFunction(torch.autograd.Function):
                 dX = _add_product(torch.mm(G, W0), Z, a, s)
             else:
                 dX = _to(torch.mm(Z * s, a), G.dtype).mul_(keep).addmm_(G, W0)
-        if need_A or (need_B and create_graph):
+        again = need_B and create_graph and (need_X or need_A)  # H once more, this time with its own derivative
+        if need_A or again:
             D = X  # as the adapter saw it; keep has done its work above and its memory is used again
             if keep is not None and X is not None:
                 D = X * keep if create_graph else keep.mul_(X)
@@ -243,7 +244,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_A:
             dA = _to(torch.mm(Z.t(), D).mul_(s), dtype_A)
         if need_B:
-            if create_graph:  # H once more, this time with its own derivative
+            if again:
                 H = _differentiable_H(D, A)
             dB = _to(torch.mm(H.t(), g).mul_(s).t(), dtype_B)  # (HᵀG)ᵀ: on a CPU half the time of GᵀH
         if need_W0:

@@ -66,8 +66,8 @@ def exact(parts):
 
 
 def error(found, truth):
-    """‖found − truth‖ / ‖truth‖ in float64."""
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+    """‖found − truth‖ / ‖truth‖ in float64; where the truth is 0, the absolute error."""
+    return (found.double() - truth.double()).norm().item() / (truth.double().norm().item() or 1)
 
 
 def assert_close(found, truth, tolerance):
@@ -92,6 +92,14 @@ def mask_of(seed, lead, k, p, dtype=F64):
 def formed(monkeypatch):
     """Form W0 + s·B·A for every shape, so that small ones test it too."""
     monkeypatch.setattr(functional, "materialises", lambda N, d, k, dtype, p: p == 0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """No graph of another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 # the specification
@@ -227,8 +235,14 @@ def test_any_leading_shape_layout_rank_scale_and_bias(lead, sizes, bias, scale, 
         assert ((own - other).abs() <= 1e-13 * terms.abs().max()).all()
 
 
-@pytest.mark.parametrize("wanted", [w for n in range(1, 6) for w in itertools.combinations(NAMES, n)], ids="-".join)
-@pytest.mark.parametrize("form", ["factored", "materialised", "dropout"])
+each_subset = pytest.mark.parametrize(
+    "wanted", [names for n in range(1, 6) for names in itertools.combinations(NAMES, n)], ids="-".join
+)
+each_form = pytest.mark.parametrize("form", ["factored", "materialised", "dropout"])
+
+
+@each_subset
+@each_form
 def test_only_the_gradients_asked_for_are_made_and_only_what_they_need_is_kept(wanted, form, request):
     """∂x needs W0 and the factors; ∂A needs x and B; ∂B needs H and A; ∂W0 needs x."""
     if form == "materialised":
@@ -254,6 +268,47 @@ def test_only_the_gradients_asked_for_are_made_and_only_what_they_need_is_kept(w
         assert (part.grad is not None) == (name in wanted), name
         if name in wanted:
             assert error(part.grad, truth[name]) <= 1e-13, name
+
+
+@each_subset
+@each_form
+def test_second_derivatives_for_every_choice_of_what_is_trained(wanted, form, request):
+    if form == "materialised":
+        request.getfixturevalue("formed")
+    p = 0.3 * (form == "dropout")
+    parts = problem(6, trained=wanted)
+    mask = mask_of(2, (6,), 7, p) if p else 1.0
+    G, *probes = (
+        torch.randn(s, generator=generator(7), dtype=F64) for s in [(6, 5)] + [parts[n].shape for n in wanted]
+    )
+    leaves = [G.requires_grad_(), *(parts[name] for name in wanted)]
+
+    def second(function):
+        torch.manual_seed(2)
+        first = torch.autograd.grad(function(*parts.values(), S), leaves[1:], G, create_graph=True)
+        inner = sum((probe * own).sum() for probe, own in zip(probes, first))
+        return torch.autograd.grad(inner, leaves, allow_unused=True)
+
+    found = lambda: second(lambda *args: lora_linear(*args, p, True))  # noqa: E731
+    if {"x", "B"} <= set(wanted) and not {"A", "weight"} & set(wanted):
+        with pytest.raises(RuntimeError, match="keeps no x while A is frozen"):
+            found()
+        return
+    for own, other in zip(found(), second(lambda *args: formula(*args, mask))):
+        zero = torch.zeros(())
+        torch.testing.assert_close(*(zero if t is None or not t.any() else t for t in (own, other)), check_dtype=False)
+
+
+@pytest.mark.parametrize("trained", [("x", "B"), ("A",), ("B",)], ids="-".join)
+@pytest.mark.parametrize("d, k", [(40, 7), (7, 40)])
+def test_the_products_of_forward_and_backward_share_a_dtype(trained, d, k):
+    """16-bit x on one side of SMALL, y on the other."""
+    N = SMALL // 40 + 1
+    assert N * 7 <= SMALL < N * 40
+    parts = problem(N, d=d, k=k, dtype=BF16, factors=F32, trained=trained)
+    G = torch.randn(N, d, generator=generator(99), dtype=F64).to(BF16)
+    found = step(lora_linear, parts, G)
+    assert_close(found, step(formula, exact(parts), G.double()), 4 * torch.finfo(BF16).eps)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -307,13 +362,14 @@ def test_y_has_the_dtype_of_x_and_each_gradient_that_of_its_tensor(dtype, factor
     assert found["y"].dtype == dtype
     for name, part in parts.items():
         assert found[name].dtype == part.dtype and found[name].shape == part.shape, name
-    mask = mask_of(4, lead, 7, p, F32) if p else 1.0
+    mask = mask_of(4, lead, 7, p) if p else 1.0
     G = torch.randn(found["y"].shape, generator=generator(99), dtype=F64).to(dtype).double()
     truth = step(lambda *args: formula(*args, mask), exact(parts), G)
     eps = max(torch.finfo(dtype).eps, torch.finfo(factors).eps)
+    tolerance = 4 * eps + math.sqrt(math.prod(lead)) * min(eps, torch.finfo(F32).eps)  # rows are summed in 32 bits
     for name in truth:
         if not (name == "bias" and dtype in (F16, BF16)):  # its sum over rows is torch's own
-            assert error(found[name], truth[name]) <= 4 * eps, name
+            assert error(found[name], truth[name]) <= tolerance, name
 
 
 @each_dtype
@@ -338,20 +394,19 @@ def test_with_B_zero_the_output_is_the_frozen_layers_bit_for_bit(dtype, lead, p,
 def test_autocast(dtype, lead, p):
     parts = problem(*lead, dtype=dtype, factors=F32)
     kept = []
-    with torch.autocast("cpu", BF16), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, id_):
+    with (
+        torch.autocast("cpu", BF16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         torch.manual_seed(4)
         y = lora_linear(*parts.values(), S, p, True)
     assert y.dtype == BF16
     rows = [t.dtype for t in kept if t.shape == (math.prod(lead), 7) and t.dtype != torch.bool]
     assert rows == [BF16]  # X is kept once, in 16 bits
-    assert y.grad_fn is not None
     G = torch.randn(y.shape, generator=generator(99), dtype=F64).to(BF16)
     y.backward(G)
-    mask = mask_of(4, lead, 7, p, F32) if p else 1.0
-    with torch.autocast("cpu", BF16):
-        bf16 = {n: part.detach().to(BF16).float() for n, part in parts.items() if n not in "AB"}
+    mask = mask_of(4, lead, 7, p) if p else 1.0
     truth = step(lambda *args: formula(*args, mask), exact(parts), G.double())
-    assert set(bf16) == {"x", "weight", "bias"}
     for name in ADAPTER:
         assert parts[name].grad.dtype == parts[name].dtype, name
         assert error(parts[name].grad, truth[name]) <= 4 * torch.finfo(BF16).eps, name
@@ -360,10 +415,6 @@ def test_autocast(dtype, lead, p):
         with torch.autocast("cpu", BF16):
             other = lora_linear_reference(*parts.values(), S)
         assert other.dtype == BF16 and error(y, other) <= 2 * torch.finfo(BF16).eps
-
-
-def id_(t):
-    return t
 
 
 def test_autocast_takes_any_mixture_without_float64_as_linear_does():
@@ -634,7 +685,7 @@ def test_checkpointing_a_frozen_input_still_trains_the_adapter():  # pitfall 10:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_compiled_without_a_graph_break_it_is_the_same(dtype):
+def test_compiled_without_a_graph_break_it_is_the_same(dtype, fresh_compiler):
     parts = problem(2, 9, dtype=dtype, factors=F32)
     compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True, dynamic=False)
     tolerance = 4 * torch.finfo(dtype).eps
@@ -643,11 +694,12 @@ def test_compiled_without_a_graph_break_it_is_the_same(dtype):
     with torch.autocast("cpu", BF16):
         found = compiled(*parts.values(), S)
         assert found.dtype == BF16 and error(found, lora_linear(*parts.values(), S)) <= 2 * torch.finfo(BF16).eps
-    with pytest.raises((TypeError, ValueError), match="shapes do not fit"):
-        lora_linear(*problem(2, k=6).values(), S) and compiled(*(parts | {"A": parts["A"].T}).values(), S)
+    assert_close(step(compiled, parts | {"bias": None}), step(lora_linear, parts | {"bias": None}), tolerance)
+    for scale in (0.3, 3.0, 5):  # the layers of a model may differ in it; dynamo makes it a symbol
+        assert error(compiled(*parts.values(), scale), lora_linear(*parts.values(), scale)) <= tolerance
 
 
-def test_compiled_dropout_is_drawn_and_rescaled():
+def test_compiled_dropout_is_drawn_and_rescaled(fresh_compiler):
     x, weight, B, A = torch.ones(4000, 7), torch.zeros(9, 7), torch.eye(9, 7), torch.eye(7)
     torch.manual_seed(0)
     y = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)(x, weight, None, A, B, 1.0, 0.3, True)[:, :7]

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._checks import check_integer
+from ..config import LoRAConfig
+from ..initialization import Start
+from ..layers import LoRALinear
 
 
 class DigitClassifier(nn.Module):
@@ -63,6 +66,26 @@ class LowRankUpdate(nn.Module):
         merged = copy.deepcopy(self.model)
         merged.load_state_dict({name: W.detach() for name, W in self.weights().items()}, strict=False)
         return merged
+
+
+def with_lora(
+    model: DigitClassifier,
+    config: LoRAConfig,
+    seed: int = 0,
+    layers: tuple[int, ...] = (0, 1, 2),
+    start: Callable[..., Start] | None = None,
+) -> DigitClassifier:
+    """A copy of the classifier, frozen, with a LoRALinear around each of these layers.
+
+    `start(W, r, s, generator)`, a function as in lora_ref.initialization, overrides the config's. One generator,
+    from `seed`, serves the layers in turn. Errors: those of LoRALinear, the model unchanged.
+    """
+    adapted, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
+    for i in layers:
+        W = adapted.layers[i].weight.detach()
+        first = None if start is None else start(W, config.r, config.scale, generator)
+        adapted.layers[i] = LoRALinear(adapted.layers[i], config, first, generator)
+    return adapted
 
 
 def trainable(model: nn.Module) -> int:

@@ -130,6 +130,12 @@ class Fit:
         with torch.no_grad():
             return accuracy(_logits(self.model, self.trained, self.fixed, X.expand(len(self.curve[0]), *X.shape)), y)
 
+    def losses(self, X: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy (S, L) in nats on X (N, 64), y (N,); inf where a run has diverged."""
+        with torch.no_grad():
+            logits = _logits(self.model, self.trained, self.fixed, X.expand(len(self.curve[0]), *X.shape))
+            return cross_entropy_many(logits, y).nan_to_num(torch.inf)
+
     def best(self, X: Tensor, y: Tensor) -> int:
         """The index of the rate with the highest mean accuracy over seeds, on validation data."""
         return int(self.scores(X, y).mean(0).argmax())
