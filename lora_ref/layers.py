@@ -36,6 +36,7 @@ class LoRALayer(nn.Module):
     """
 
     kind: type = nn.Module  # of the base
+    sizes: tuple[str, ...] = ()  # of the base's attributes that other code reads off a layer
 
     def __init__(
         self,
@@ -58,6 +59,8 @@ class LoRALayer(nn.Module):
             shapes = ", ".join(f"{name} {tuple(M.shape)}" for name, M in start._asdict().items())
             raise ValueError(f"the start has {shapes}; this layer needs A ({r}, {k}), B ({d}, {r}), W0 ({d}, {k})")
         self.config, self.scale, self.lora_dropout = config, config.scale, config.lora_dropout
+        for name in self.sizes:
+            setattr(self, name, getattr(base, name))
         self.weight, self.bias = base.weight, getattr(base, "bias", None)
         if start.W0.data_ptr() != W0.data_ptr():
             self.weight = _parameter(self.as_weight(start.W0))
@@ -69,7 +72,8 @@ class LoRALayer(nn.Module):
 
     # What a kind of layer says about itself
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         """The weight as W0 (d, k): a view."""
         return weight
 
@@ -186,6 +190,7 @@ class LoRALinear(LoRALayer):
     """
 
     kind = nn.Linear
+    sizes = ("in_features", "out_features")
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -209,13 +214,16 @@ class LoRAConv1D(LoRALinear):
     Takes transformers' Conv1D, known by its name, so that transformers need not be there.
     """
 
+    sizes = ("nf",)
+
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig) -> None:
         if type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
             raise TypeError(f"LoRAConv1D wraps transformers' Conv1D (GPT-2), got {type(base).__name__}; see LoRALinear")
         cls.check_parts(base, config)
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         return weight.T
 
     def as_weight(self, W: Tensor) -> Tensor:
@@ -235,6 +243,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     kind = nn.Embedding
+    sizes = ("num_embeddings", "embedding_dim", "padding_idx")
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -255,7 +264,8 @@ class LoRAEmbedding(LoRALayer):
             return start
         return Start(torch.zeros_like(start.A), torch.empty_like(start.B).normal_(generator=generator), W0)
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         return weight.T
 
     def as_weight(self, W: Tensor) -> Tensor:
@@ -279,6 +289,7 @@ class LoRAConv2d(LoRALayer):
     """
 
     kind = nn.Conv2d
+    sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -293,7 +304,8 @@ class LoRAConv2d(LoRALayer):
                 "LoRAConv2d knows groups = 1 and padding_mode = 'zeros'"
             )
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
     def as_weight(self, W: Tensor) -> Tensor:
