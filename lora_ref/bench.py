@@ -100,7 +100,7 @@ def projection_finding(rows: list[dict]) -> str:
 
 class Benchmark(NamedTuple):
     """`rows(case, rounds)` yields a case's rows, its docstring is the table's caption; `finding(rows)` is a
-    sentence for people. `cases` rise in size: --quick runs the first, --full all, a plain run the first `plain`.
+    sentence for people. --quick runs the first of `cases`, --full all, a plain run the first `plain`.
     `draw(axes, rows)` draws the picture's panel; without one it is time against size."""
 
     rows: Callable[[tuple, int], Iterator[dict]]
@@ -208,12 +208,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="timed rounds (default 7, with --quick 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, all times and the environment")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw time against size")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw what was found")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of the layer benchmarks (default cpu)"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="the smallest size only: seconds")
+    size.add_argument("--quick", action="store_true", help="one case only: seconds")
     size.add_argument("--full", action="store_true", help="larger sizes too: minutes")
     args = parser.parse_args(argv)
     args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds

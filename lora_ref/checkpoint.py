@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .initialization import STARTS, Start
-from .layers import LoRAConv2d, LoRAEmbedding, LoRALayer
-from .model import Plan, apply_plan, layer_kind, lora_layers, plan_lora
+from .layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
+from .model import Plan, apply_plan, build_layers, layer_kind, lora_layers, plan_lora
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")  # peft with bias="all" writes such biases a second time
@@ -33,8 +33,10 @@ FIELDS = [field.name for field in dataclasses.fields(LoRAConfig)]
 TO_PEFT = {"kaiming": True, "random": False, "zero_a": True, "zero": True}  # the rest has the same name there
 # What else peft writes: of no effect on the weights, or allowed at these values only, being a variant otherwise.
 INERT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
-INERT |= {"task_type", "ensure_weight_tying", "loftq_config", "megatron_config", "megatron_core", "runtime_config"}
-INERT |= {"corda_config", "eva_config", "lora_ga_config", "qalora_group_size", "arrow_config", "velora_config"}
+INERT |= {"task_type", "loftq_config", "megatron_config", "megatron_core", "runtime_config"}
+INERT |= {"corda_config", "eva_config", "lora_ga_config", "qalora_group_size"}
+HEADS = {"classifier", "score"}  # peft puts both in every classifier's modules_to_save; a model has one
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -44,20 +46,31 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Merged or not makes no difference. Errors: ValueError for a model without adapter, a start that a reader
     cannot replay ("lora_ga"), or numbers that are not finite; OSError as the system gives it. Nothing changed.
     """
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     plan = _plan(model)
     if plan.config.start == "lora_ga":
         raise ValueError(
-            "init_lora_weights = 'lora_ga' changed the base by a gradient that no file holds; "
-            "save the whole model (its state_dict) instead"
+            "the start (init_lora_weights = 'lora_ga', or add_lora's `starts`) changed the base by what no file "
+            "holds; save the whole model (its state_dict) instead"
         )
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, plan).items()}
+    for path in plan.layers if plan.config.start == "pissa" else ():
+        if not isinstance(layer := model.get_submodule(path), LoRALinear):
+            raise ValueError(
+                f"{path}: peft replays init_lora_weights = 'pissa' on linear layers alone, this is a "
+                f"{type(layer).__name__}; save the whole model (its state_dict) instead"
+            )
+    tensors = _tensors(model, plan)
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device and holds no numbers; there is nothing to save")
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} has NaN or infinite entries; an adapter that diverged is not worth saving")
     settings = _to_peft(model, plan.config)
     content = {
         TENSORS: format_tensors(tensors, metadata={"format": "pt"}),
-        CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: (json.dumps(settings, indent=2, sort_keys=True, default=_number) + "\n").encode(),
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,58 +97,71 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     ValueError, with the name, for a truncated or foreign file, a configuration that enables what is not
     implemented, targets that the model lacks, missing, unknown or misshapen tensors, and numbers that are not finite.
     """
-    directory = Path(directory)
+    directory, whole = Path(directory), model
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     config = read_config(directory)
     tensors = _read_tensors(directory)
+    if config.modules_to_save is not None and isinstance(model, nn.Module):
+        paths = [path for path, _ in model.named_modules()]
+        lacking = {name for name in HEADS if not any(path.endswith(name) for path in paths)}
+        config = dataclasses.replace(
+            config, modules_to_save=[name for name in config.modules_to_save if name not in lacking]
+        )
     plan = plan_lora(model, config)
     if config.start == "lora_ga":
         raise ValueError(f"{directory / CONFIG}: init_lora_weights = 'lora_ga' needs a base that no file holds")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"this {type(model).__name__} is on the meta device and holds no numbers; load its own first")
     expected = _expected(model, plan)
-    for key, shape in expected.items():
+    for key, (shape, dtype) in expected.items():
         if key not in tensors:
             raise ValueError(f"{directory / TENSORS} lacks {key}; it is an adapter for another base, or cut short")
-        if tuple(tensors[key].shape) != shape:
+        found = tensors[key]
+        if tuple(found.shape) != shape:
             raise ValueError(
-                f"{directory / TENSORS}: {key} has shape {tuple(tensors[key].shape)}, this model needs {shape}; "
+                f"{directory / TENSORS}: {key} has shape {tuple(found.shape)}, this model needs {shape}; "
                 "it is an adapter for another base"
             )
-        if not torch.isfinite(tensors[key]).all():
+        if found.dtype not in (FLOATS if dtype.is_floating_point else (dtype,)):
+            raise ValueError(f"{directory / TENSORS}: {key} holds {found.dtype}, this model needs {dtype}")
+        if not torch.isfinite(found).all():
             raise ValueError(f"{directory / TENSORS}: {key} has NaN or infinite entries")
-    unknown = sorted(key for key in set(tensors) - set(expected) if not COPY.search(key))
+    unknown = sorted(
+        key for key in set(tensors) - set(expected) if not COPY.search(key) and not _is_base(model, key, tensors[key])
+    )
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(f"{directory / TENSORS} has {unknown[0]}{more}, for which this model has no use")
-    built: dict[str, LoRALayer] = {}
-    for path, own in plan.layers.items():
-        base = model.get_submodule(path)
-        kind = layer_kind(base)
-        W = kind.matrix(base.weight.detach())
-        names = _names(path, kind)
-        A, B = (tensors[name].to(W.device) for name in names)
-        W0 = STARTS["pissa"](W, own.r, own.scale).W0 if own.start == "pissa" else W
-        built[path] = kind(base, own, Start(A.flatten(1).contiguous(), B.flatten(1).contiguous(), W0))
+
+    def start(path: str, W: Tensor, own: LoRAConfig) -> Start:
+        kind = layer_kind(model.get_submodule(path))
+        A, B = (tensors[name].to(W.device).flatten(1).contiguous() for name in _names(path, kind))
+        replayed = own.start == "pissa" and issubclass(kind, LoRALinear)  # as peft does
+        return Start(A, B, STARTS["pissa"](W, own.r, own.scale).W0 if replayed else W)
+
+    built = build_layers(model, plan, start)
     apply_plan(model, plan, built)
     with torch.no_grad():
-        state = dict(model.named_parameters())
-        for key, parameter in _others(model, plan).items():
-            state[parameter].copy_(tensors[key])
-    return model if trainable else model.requires_grad_(False)
+        state = model.state_dict(keep_vars=True)
+        for key, name in _others(model, plan).items():
+            state[name].copy_(tensors[key])
+    return whole if trainable else whole.requires_grad_(False)
 
 
 def read_config(directory: str | os.PathLike) -> LoRAConfig:
     """The LoRAConfig in an adapter's directory. Errors as load_adapter's."""
     path = Path(directory) / CONFIG
     try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} does not exist; name a directory that save_adapter or peft wrote") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it was cut short, or is no adapter's configuration") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{path} has peft_type {kind!r}; only 'LORA' is read here")
     for key, value in settings.items():
-        if key not in FIELDS and key not in INERT and value not in (None, False, [], {}):
+        if key not in FIELDS and key not in INERT and not (value is None or value is False or value in ([], {})):
             raise ValueError(f"{path} enables {key} = {value!r}, which is not implemented; load this adapter in peft")
     known = {key: settings[key] for key in FIELDS if key in settings}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -167,6 +193,11 @@ def _to_peft(model: nn.Module, config: LoRAConfig) -> dict:
     return settings | {"peft_type": "LORA", "base_model_name_or_path": name, "inference_mode": True, "task_type": None}
 
 
+def _number(value) -> int | float:
+    """What json does not know: NumPy's and torch's numbers, fractions."""
+    return value.item() if hasattr(value, "item") else float(value)
+
+
 def _names(path: str, kind: type[LoRALayer]) -> tuple[str, str]:
     if kind is LoRAEmbedding:
         return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
@@ -187,14 +218,14 @@ def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         shapes = _file_shapes(layer.weight, type(layer), len(layer.lora_A))
         for key, factor, shape in zip(_names(path, type(layer)), (layer.lora_A, layer.lora_B), shapes):
             tensors[key] = factor.reshape(shape)
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
     return tensors | {key: state[name] for key, name in _others(model, plan).items()}
 
 
 def _others(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """peft's keys → this model's names of what is trained beside the factors: biases, modules in full."""
+    """peft's keys → this model's names of what is trained beside the factors: biases, modules in full (buffers too)."""
     keys = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in model.state_dict(keep_vars=True):
         path, _, last = name.rpartition(".")
         if any(path == saved or path.startswith(saved + ".") for saved in plan.saved):
             keys[PREFIX + name] = name
@@ -205,22 +236,29 @@ def _others(model: nn.Module, plan: Plan) -> dict[str, str]:
     return keys
 
 
-def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple]:
-    """The file's keys and shapes for a plain model that is to be adapted by this plan."""
-    shapes = {}
+def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[tuple, torch.dtype]]:
+    """The file's keys with their shapes and kinds of number, for a plain model that is to be adapted by this plan."""
+    kinds = {}
     for path, own in plan.layers.items():
         base = model.get_submodule(path)
         kind = layer_kind(base)
-        shapes |= dict(zip(_names(path, kind), _file_shapes(base.weight, kind, own.r)))
-    state = dict(model.named_parameters(remove_duplicate=False))
-    return shapes | {key: tuple(state[name].shape) for key, name in _others(model, plan).items()}
+        shapes = _file_shapes(base.weight, kind, own.r)
+        kinds |= {key: (shape, torch.float32) for key, shape in zip(_names(path, kind), shapes)}
+    state = model.state_dict(keep_vars=True)
+    return kinds | {key: (tuple(state[name].shape), state[name].dtype) for key, name in _others(model, plan).items()}
+
+
+def _is_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether this is a copy of a weight that the model has: peft writes adapted embeddings' so."""
+    own = model.state_dict().get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    return own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own))
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / TENSORS
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pickled = (directory / "adapter_model.bin").exists()
         hint = "adapter_model.bin is a pickle, which can run code: convert it in peft" if pickled else "save it first"
         raise FileNotFoundError(f"{path} does not exist; {hint}") from None

@@ -60,8 +60,9 @@ def lora_linear(
 
     D is inverted dropout with probability dropout_p while `training`, else the identity; it acts on the
     adapter's x alone. x, weight and bias share a dtype; A and B keep their own, and so do their gradients:
-    they are cast to x's for the products, x never to theirs. Under autocast x, weight and bias are cast
-    as F.linear casts them. Any layout of x and of the gradient, and an empty batch, will do.
+    they are cast to x's for the products, x not to theirs (on a CPU, a 16-bit x of at most SMALL numbers
+    is, for the moment of a product). Under autocast x, weight and bias are cast as F.linear casts them.
+    dropout_p counts in steps of 1/LANES. Any layout of x and of the gradient, and an empty batch, will do.
 
     Differentiable twice. Under torch.compile and torch.func's transforms (vmap, grad, jvp …) the
     specification runs in its stead, which they transform as they know how. If A is frozen x is not kept,
@@ -81,7 +82,7 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, A, B, scale, p, training)
     if x.ndim == 2:
         return LoRALinearFunction.apply(x, weight, bias, A, B, scale, p)
-    X = x.reshape(x.numel() // x.shape[-1], x.shape[-1])  # a view where the layout allows; N may be 0
+    X = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # a view where the layout allows; N may be 0
     return LoRALinearFunction.apply(X, weight, bias, A, B, scale, p).view(*x.shape[:-1], len(weight))
 
 
@@ -130,7 +131,7 @@ def _refusal(tensors: dict, scale: float, dropout_p: float) -> Exception:
     x, weight, A, B = (tensors[name] for name in ("x", "weight", "A", "B"))
     for name, tensor in tensors.items():
         if tensor.device != x.device:
-            return ValueError(f"{name} is on {tensor.device}, x on {x.device}; move them together: {name}.to(x.device)")
+            return ValueError(f"{name} is on {tensor.device}, x on {x.device}; move all of them to one device")
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if weight.ndim != 2 or A.ndim != 2 or B.ndim != 2 or x.ndim == 0:
         return ValueError(f"weight (d, k), A (r, k) and B (d, r) must be matrices and x (…, k) no scalar; got {shapes}")
@@ -227,7 +228,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_X or need_A:
             b = _to(B, dtype)
             Z = torch.mm(g, b)
-        if need_X:
+        if need_X:  # ∂L/∂X = G·W0 + s·Z·A, the second part masked
             a = _to(A, dtype)
             if ctx.materialised:
                 dX = torch.mm(G, torch.addmm(W0, b, a, alpha=s))
@@ -241,12 +242,12 @@ class LoRALinearFunction(torch.autograd.Function):
             if keep is not None and X is not None:
                 D = X * keep if create_graph else keep.mul_(X)
             D = None if D is None else _to(D, dtype)
-        if need_A:
+        if need_A:  # ∂L/∂A = s·Zᵀ·X
             dA = _to(torch.mm(Z.t(), D).mul_(s), dtype_A)
-        if need_B:
+        if need_B:  # ∂L/∂B = s·Gᵀ·H, as (HᵀG)ᵀ: on a CPU half the time
             if again:
                 H = _differentiable_H(D, A)
-            dB = _to(torch.mm(H.t(), g).mul_(s).t(), dtype_B)  # (HᵀG)ᵀ: on a CPU half the time of GᵀH
+            dB = _to(torch.mm(H.t(), g).mul_(s).t(), dtype_B)
         if need_W0:
             dW0 = torch.mm(G.t(), X)
         return dX, dW0, G.sum(0) if need_bias else None, dA, dB, None, None

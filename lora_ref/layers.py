@@ -28,7 +28,8 @@ class LoRALayer(nn.Module):
     merge() forms W = W0 + s·B·A once, rounded once, for use whenever no gradient of A or B is asked for; it
     costs one more weight in memory while it lasts. W0 is never written to: unmerge() drops W, and the base
     is the same bit for bit. So the state dict is the same merged or not; train() unmerges; and should A, B
-    or W0 change while merged (an optimizer step, a loaded state), W is formed anew.
+    or W0 change while merged (an optimizer step, a loaded state), W is formed anew. (A write through
+    `.data` goes unnoticed: unmerge first.) On a meta base A and B hold nothing until a state is loaded.
 
     Errors, the base unchanged: TypeError for a base of another kind or with an integer weight; ValueError for
     r outside 1 … min(d, k) or a start that does not fit. RuntimeError for merging twice, or unmerging
@@ -93,10 +94,20 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig) -> None:
-        if not isinstance(base, cls.kind) or type(base).forward is not cls.kind.forward:
+        if isinstance(base, LoRALayer):
+            raise TypeError(f"this {type(base).__name__} has an adapter already; wrap a plain layer")
+        if not isinstance(base, cls.kind):
+            kinds = "LoRALinear, LoRAEmbedding, LoRAConv2d and LoRAConv1D (GPT-2's)"
+            raise TypeError(f"{cls.__name__} wraps {cls.kind.__name__}, got {type(base).__name__}; there are {kinds}")
+        if type(base).forward is not cls.kind.forward:
             raise TypeError(
-                f"{cls.__name__} wraps {cls.kind.__name__}, got {type(base).__name__}; a layer with a forward of its "
-                "own would compute something else"
+                f"{type(base).__name__} is a {cls.kind.__name__} with a forward of its own, which {cls.__name__} "
+                "would not compute; adapt a layer inside it, if it has one"
+            )
+        if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+            raise TypeError(
+                "this layer is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: an "
+                "adapter would do nothing; use separate linear layers for attention"
             )
         cls.check_parts(base, config)
 
@@ -106,8 +117,8 @@ class LoRALayer(nn.Module):
             raise TypeError(f"config must be a LoRAConfig, got {config!r}; use LoRAConfig(r=8, lora_alpha=16)")
         if not isinstance(base.weight, nn.Parameter):
             raise TypeError("the base's weight is computed, not a parameter; remove its parametrization first")
-        if not base.weight.is_floating_point():
-            raise TypeError(f"the base's weight is {base.weight.dtype}, not floating-point; dequantise it first")
+        if not base.weight.is_floating_point() or base.weight.itemsize < 2:
+            raise TypeError(f"the base's weight is {base.weight.dtype}, not 16 bits or more; dequantise it first")
 
     def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
         """Where A and B begin when no start is given."""
@@ -173,8 +184,10 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         (d, k), c = self.matrix(self.weight).shape, self.config
         rule = "/√r" if c.use_rslora else "/r"
-        return f"d={d}, k={k}, r={len(self.lora_A)}, lora_alpha={c.lora_alpha:g}, scale={self.scale:g} (α{rule})" + (
-            f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        return (
+            f"d={d}, k={k}, r={len(self.lora_A)}, lora_alpha={c.lora_alpha:g}, scale={self.scale:g} (α{rule})"
+            + (f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else "")
+            + (", merged" if self.merged else "")
         )
 
 
@@ -186,7 +199,9 @@ def _parameter(M: Tensor) -> nn.Parameter:
 class LoRALinear(LoRALayer):
     """y = W0·x + b + s·B·(A·D(x)) around an nn.Linear: x (…, k) → y (…, d). Weight (d, k).
 
-    D is dropout with config.lora_dropout while training. Source: Hu et al. 2021 (arXiv 2106.09685).
+    D is dropout with config.lora_dropout while training. Code that reads `weight` and does not call the layer does
+    not see the adapter: nn.TransformerEncoderLayer's fast path for inference does (switch it off with
+    torch.backends.mha.set_fastpath_enabled(False)). Source: Hu et al. 2021 (arXiv 2106.09685).
     """
 
     kind = nn.Linear
@@ -219,7 +234,10 @@ class LoRAConv1D(LoRALinear):
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig) -> None:
         if type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
-            raise TypeError(f"LoRAConv1D wraps transformers' Conv1D (GPT-2), got {type(base).__name__}; see LoRALinear")
+            raise TypeError(
+                f"LoRAConv1D wraps transformers' Conv1D, GPT-2's linear layer, got {type(base).__name__}; "
+                "for nn.Linear use LoRALinear; nn.Conv1d has no LoRA layer here"
+            )
         cls.check_parts(base, config)
 
     @staticmethod
@@ -238,7 +256,7 @@ class LoRAEmbedding(LoRALayer):
 
     With the one-hot vector e_i as input it is the linear layer y = (W0 + s·B·A)·e_i, so k = V: A (r, V) gives each
     token r numbers, B (d, r) is shared. When config.init_lora_weights is True, A = 0 and B ~ N(0, 1), as in
-    loralib and PEFT. There is no dropout: an id cannot be dropped. The padding row gets no gradient.
+    loralib and PEFT. There is no dropout: an id cannot be dropped. The padding token's column of A gets no gradient.
     Errors: ValueError for max_norm or sparse=True, which rewrite or spare rows of the weight.
     """
 
@@ -247,6 +265,7 @@ class LoRAEmbedding(LoRALayer):
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
+        self.lora_dropout = 0.0
         self.options = {"padding_idx": base.padding_idx, "scale_grad_by_freq": base.scale_grad_by_freq}
 
     @classmethod

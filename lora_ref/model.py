@@ -9,6 +9,7 @@ The names are matched as peft matches them, so that a configuration means the sa
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from torch import nn
 from .config import LoRAConfig
 from .initialization import Start
 from .layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
+
+PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern must match
 
 
 class Plan(NamedTuple):
@@ -64,20 +67,42 @@ def add_lora(
     a matched module of a kind that has no LoRA layer.
     """
     plan = plan_lora(model, config)
-    built = {}
-    for path, own in plan.layers.items():
-        base = model.get_submodule(path)
-        kind = layer_kind(base)
-        start = None if starts is None else starts(path, kind.matrix(base.weight.detach()), own)
-        try:
-            built[path] = kind(base, own, start, generator)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
+    built = build_layers(model, plan, starts or (lambda path, W, own: None), generator)
+    if starts is not None:  # what a reader of the adapter must know: whether the base is still what it was
+        kept = all(layer.weight is model.get_submodule(path).weight for path, layer in built.items())
+        plan = plan._replace(config=dataclasses.replace(config, init_lora_weights=kept or "lora_ga"))
     return apply_plan(model, plan, built)
+
+
+def build_layers(
+    model: nn.Module,
+    plan: Plan,
+    starts: Callable[[str, torch.Tensor, LoRAConfig], Start | None],
+    generator: torch.Generator | None = None,
+) -> dict[str, LoRALayer]:
+    """The plan's LoRA layers, not yet in the model. If one cannot be built, what the others froze is as before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    built = {}
+    try:
+        for path, own in plan.layers.items():
+            base = model.get_submodule(path)
+            kind = layer_kind(base)
+            start = starts(path, kind.matrix(base.weight.detach()), own)
+            try:
+                built[path] = kind(base, own, start, generator)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from None
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    return built
 
 
 def layer_kind(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for a module, None where there is none."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention takes its weight and never calls it
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return LoRAConv1D
     kinds = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
@@ -86,8 +111,7 @@ def layer_kind(module: nn.Module) -> type[LoRALayer] | None:
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     """Which layers `config` means in `model`, and with which rank and α; nothing is changed. Errors as add_lora's."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is adapted already; add_lora works on a plain model")
     modules = {path: module for path, module in model.named_modules() if path}
@@ -105,7 +129,10 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     )
     targets = [path for path in targets if not any(path == s or path.startswith(s + ".") for s in saved)]
     if not targets:
-        raise ValueError("exclude_modules and modules_to_save leave none of target_modules; nothing would be adapted")
+        raise ValueError(
+            f"target_modules = {config.target_modules!r} means no layer of this {type(model).__name__}, or "
+            "exclude_modules and modules_to_save leave none; nothing would be adapted"
+        )
     for path in targets:
         if layer_kind(modules[path]) is None:
             raise TypeError(
@@ -114,6 +141,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
             )
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
+            _check_expression(key, f"{name} key", PATTERN)
             if not any(_pattern_matches(key, path) for path in targets):
                 raise ValueError(f"{name} key {key!r} matches no adapted layer; they are {_some(targets)}")
     layers = {}
@@ -126,6 +154,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
 
 def apply_plan(model: nn.Module, plan: Plan, built: dict[str, LoRALayer]) -> nn.Module:
     """Put the LoRA layers in, freeze what is not trained, and remember the plan as `model.lora_plan`."""
+    modes = {path: model.get_submodule(path).training for path in built}
     copies = {path: copy.deepcopy(model.get_submodule(path)) for path in plan.saved}
     trained = {id(p) for layer in built.values() for p in layer.parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
@@ -137,26 +166,37 @@ def apply_plan(model: nn.Module, plan: Plan, built: dict[str, LoRALayer]) -> nn.
         if path in copies:
             module.requires_grad_(True)
         else:
-            module.train(model.training)
+            module.train(modes[path])
     model.lora_plan = plan
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is not None:
-        embeddings.register_forward_hook(_want_gradient(model))
+    for embeddings in _input_embeddings(model):
+        embeddings.register_forward_hook(functools.partial(_want_gradient, model))  # deepcopy and pickle know partial
     return model
 
 
-def _want_gradient(model: nn.Module) -> Callable:
-    """A hook that makes the embeddings' output want a gradient while the model checkpoints its activations."""
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Where inputs become vectors, in every part that says so: T5's encoder and decoder each have their own."""
+    found = {}
+    for module in model.modules():
+        try:
+            embeddings = getattr(module, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # transformers, for a model without
+            continue
+        if isinstance(embeddings, nn.Module):
+            found[id(embeddings)] = embeddings
+    return list(found.values())
 
-    def hook(module, args, output):
-        if getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)
 
-    return hook
+def _want_gradient(model: nn.Module, module: nn.Module, args: tuple, output) -> None:
+    """A hook: the embeddings' output wants a gradient while a part of the model checkpoints its activations."""
+    for part in output if isinstance(output, (tuple, list)) else (output,):
+        if torch.is_grad_enabled() and isinstance(part, torch.Tensor) and part.is_floating_point():
+            if not part.requires_grad and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+                part.requires_grad_(True)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The model's LoRA layers by path. Errors: ValueError where there are none."""
+    _check_module(model)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layer; add_lora(model, config) puts them in")
@@ -197,7 +237,9 @@ def _all(model: nn.Module, merged: bool, mend: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> Count:
-    """Trainable and all numbers, as peft's print_trainable_parameters counts them. Works on the meta device."""
+    """Trainable and all numbers, as peft's print_trainable_parameters counts them, but for the originals of
+    modules_to_save, which it keeps and counts beside the copies. Works on the meta device."""
+    _check_module(model)
     return Count(
         sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
     )
@@ -214,14 +256,28 @@ def _matched(model: nn.Module, modules: dict[str, nn.Module], wanted, field: str
             if (isinstance(module, linear) or layer_kind(module) is LoRAConv1D) and module is not head
         ]
     if isinstance(wanted, str):
+        _check_expression(wanted, field)
         found = [path for path in modules if re.fullmatch(wanted, path)]
         if not found:
             raise ValueError(f"{field} = {wanted!r} matches no path whole; {_near(wanted, modules)}")
         return found
+    dot = "" if field == "modules_to_save" else "."  # peft: any ending; "classifier" means "pre_classifier" too
     for name in wanted:
-        if not any(path == name or path.endswith("." + name) for path in modules):
+        if not any(path == name or path.endswith(dot + name) for path in modules):
             raise ValueError(f"{field} has {name!r}, which is no module of this model; {_near(name, modules)}")
-    return [path for path in modules if any(path == name or path.endswith("." + name) for name in wanted)]
+    return [path for path in modules if any(path == name or path.endswith(dot + name) for name in wanted)]
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_expression(expression: str, field: str, whole: str = "{}") -> None:
+    try:
+        re.compile(whole.format(expression))
+    except re.error as error:
+        raise ValueError(f"{field} {expression!r} is no regular expression: {error}") from None
 
 
 def _near(name: str, modules: dict[str, nn.Module]) -> str:
@@ -239,7 +295,7 @@ def _some(names: list[str]) -> str:
 
 
 def _pattern_matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return re.match(PATTERN.format(key), path) is not None
 
 
 def _from_pattern(pattern: dict, path: str, default):

@@ -93,7 +93,7 @@ def test_the_scale_by_hand():
     assert LoRAConfig(r=4, lora_alpha=6).scale == 1.5
     assert LoRAConfig(r=4, lora_alpha=6, use_rslora=True).scale == 3
     assert LoRAConfig().scale == 1 and LoRAConfig(lora_alpha=2).scale == 0.25
-    assert LoRAConfig(r=9, lora_alpha=6).scale_of(r=4) == 1.5
+    assert LoRAConfig(r=9, lora_alpha=6).scale_of(r=4) == scale(6, 4) == 1.5
 
 
 @pytest.mark.parametrize("alpha", [3, 3.0, np.float64(3), np.float32(3), np.int64(3), Fraction(3)], ids=repr)
@@ -167,6 +167,7 @@ BAD = [
     ("lora_dropout", math.nan, ["lora_dropout = nan"]),
     ("lora_dropout", "0.1", ["lora_dropout = '0.1'"]),
     ("lora_dropout", True, ["lora_dropout = True"]),
+    ("lora_dropout", False, ["lora_dropout = False"]),
     ("lora_dropout", None, ["lora_dropout = None"]),
     ("use_rslora", 1, ["use_rslora must be True or False", "1"]),
     ("use_dora", "no", ["use_dora must be True or False", "'no'"]),
@@ -182,7 +183,7 @@ BAD = [
     ("target_modules", ["q", 1], ["target_modules", "['q', 1]", "or one string"]),
     ("target_modules", {"q": 1}, ["target_modules", "{'q': 1}"]),
     ("exclude_modules", [None], ["exclude_modules", "[None]"]),
-    ("modules_to_save", "score", ["modules_to_save must be a list", "'score'"]),
+    ("modules_to_save", "score", ["modules_to_save must be a list of names, got 'score'"]),
     ("modules_to_save", [b"score"], ["modules_to_save", "[b'score']"]),
     ("rank_pattern", ["q"], ["rank_pattern must be a dict", "['q']"]),
     ("rank_pattern", None, ["rank_pattern must be a dict", "None"]),

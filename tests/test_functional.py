@@ -1,5 +1,6 @@
 """functional.py: the equation and its backward against autograd, peft, loralib and finite differences."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -111,6 +112,13 @@ def test_the_reference_is_the_equation(dtype):
     found = lora_linear_reference(*parts.values(), S)
     assert found.dtype == dtype
     assert error(found, formula(*exact(parts).values(), S)) <= 4 * torch.finfo(dtype).eps
+
+
+def test_the_reference_takes_the_same_arguments():
+    assert inspect.signature(lora_linear) == inspect.signature(lora_linear_reference)
+    assert list(inspect.signature(lora_linear).parameters) == [*NAMES, "scale", "dropout_p", "training"]
+    defaults = [p.default for p in inspect.signature(lora_linear).parameters.values()]
+    assert defaults[-2:] == [0.0, False] and all(default is inspect.Parameter.empty for default in defaults[:-2])
 
 
 def test_the_reference_drops_entries_of_the_adapters_input_alone():
@@ -391,7 +399,8 @@ def test_with_B_zero_the_output_is_the_frozen_layers_bit_for_bit(dtype, lead, p,
 @pytest.mark.parametrize("lead", [(2, 3), (3, 400), (SMALL // 7 + 1,)], ids=["small", "rows", "large"])
 @each_dropout
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_autocast(dtype, lead, p):
+@pytest.mark.parametrize("inside", [False, True])  # where the backward runs
+def test_autocast(dtype, lead, p, inside):
     parts = problem(*lead, dtype=dtype, factors=F32)
     kept = []
     with (
@@ -404,7 +413,8 @@ def test_autocast(dtype, lead, p):
     rows = [t.dtype for t in kept if t.shape == (math.prod(lead), 7) and t.dtype != torch.bool]
     assert rows == [BF16]  # X is kept once, in 16 bits
     G = torch.randn(y.shape, generator=generator(99), dtype=F64).to(BF16)
-    y.backward(G)
+    with torch.autocast("cpu", BF16, enabled=inside):
+        y.backward(G)
     mask = mask_of(4, lead, 7, p) if p else 1.0
     truth = step(lambda *args: formula(*args, mask), exact(parts), G.double())
     for name in ADAPTER:
@@ -539,6 +549,10 @@ def test_the_meta_device_gives_shapes():
 def test_materialises_is_its_docstrings_rule(N, d, k, dtype, p):
     enough = N >= 40 * d * k / (d + k) - 1e-9
     assert materialises(N, d, k, dtype, p) == (enough and p == 0 and dtype in (F32, F64))
+
+
+def test_materialises_from_the_bound_on():
+    assert materialises(80, 6, 3, F32) and not materialises(79, 6, 3, F32)  # 40·18/9 = 80
 
 
 @pytest.mark.parametrize(
@@ -779,6 +793,14 @@ BAD = {
     "B a number": ({"B": 0.0}, TypeError, ["B must be", "got float"]),
     "bias True": ({"bias": True}, TypeError, ["bias must be", "got bool"]),
     "x integers": ({"x": torch.ones(4, 7, dtype=torch.int64)}, TypeError, ["x", "torch.int64", "x.float()"]),
+    "all integers": (
+        {
+            name: torch.ones(shape, dtype=torch.int64)
+            for name, shape in (("x", (4, 7)), ("weight", (5, 7)), ("bias", 5))
+        },
+        TypeError,
+        ["x must", "torch.int64", "x.float()"],
+    ),
     "weight int8": ({"weight": torch.ones(5, 7, dtype=torch.int8)}, TypeError, ["weight", "torch.int8"]),
     "A booleans": ({"A": torch.ones(3, 7, dtype=torch.bool)}, TypeError, ["A must", "torch.bool", "A.float()"]),
     "B complex": ({"B": torch.ones(5, 3, dtype=torch.complex64)}, TypeError, ["B must", "torch.complex64"]),
@@ -789,6 +811,8 @@ BAD = {
     "B transposed": ({"B": torch.ones(3, 5)}, ValueError, ["B (3, 5)", "B (5, 3)", "transposed?"]),
     "weight transposed": ({"weight": torch.ones(7, 5)}, ValueError, ["weight (7, 5)", "x must be (…, 5)"]),
     "other rank": ({"B": torch.ones(5, 2)}, ValueError, ["B (5, 2)", "B (5, 3)"]),
+    "A too wide": ({"A": torch.ones(3, 8)}, ValueError, ["A (3, 8)", "A (3, 7)"]),
+    "B a vector": ({"B": torch.ones(5)}, ValueError, ["B (5,)", "must be matrices"]),
     "A a vector": ({"A": torch.ones(7)}, ValueError, ["A (7,)", "must be matrices"]),
     "weight a stack": ({"weight": torch.ones(1, 5, 7)}, ValueError, ["weight (1, 5, 7)", "must be matrices"]),
     "bias of k": ({"bias": torch.ones(7)}, ValueError, ["bias (7,)", "bias (5,)"]),
@@ -796,10 +820,10 @@ BAD = {
     "bias a row": ({"bias": torch.ones(1, 5)}, ValueError, ["bias (1, 5)", "bias (5,)"]),
     "x half": ({"x": torch.ones(4, 7).half()}, TypeError, ["x is torch.float16", "weight is torch.float32", "cast x"]),
     "bias double": ({"bias": torch.ones(5).double()}, TypeError, ["bias is torch.float64", "cast"]),
-    "x on meta": ({"x": torch.ones(4, 7, device=META)}, ValueError, ["x on meta", "weight is on cpu", ".to(x.device)"]),
-    "A on meta": ({"A": torch.ones(3, 7, device=META)}, ValueError, ["A is on meta", "A.to(x.device)"]),
-    "B on meta": ({"B": torch.ones(5, 3, device=META)}, ValueError, ["B is on meta", "B.to(x.device)"]),
-    "bias on meta": ({"bias": torch.ones(5, device=META)}, ValueError, ["bias is on meta", "bias.to(x.device)"]),
+    "x on meta": ({"x": torch.ones(4, 7, device=META)}, ValueError, ["x on meta", "weight is on cpu", "to one device"]),
+    "A on meta": ({"A": torch.ones(3, 7, device=META)}, ValueError, ["A is on meta", "to one device"]),
+    "B on meta": ({"B": torch.ones(5, 3, device=META)}, ValueError, ["B is on meta", "to one device"]),
+    "bias on meta": ({"bias": torch.ones(5, device=META)}, ValueError, ["bias is on meta", "to one device"]),
     "scale inf": ({"scale": math.inf}, ValueError, ["scale = inf", "LoRAConfig"]),
     "scale nan": ({"scale": math.nan}, ValueError, ["scale = nan", "LoRAConfig"]),
     "scale text": ({"scale": "2"}, TypeError, ["scale must be a number", "'2'"]),
@@ -823,6 +847,8 @@ def test_bad_input_is_refused_by_name(kind, refused, rng_untouched):
         lora_linear(**(good | bad))
     assert all(torch.equal(good[name], part) for name, part in before.items())
     lora_linear(**good)  # what is left when the bad argument is taken back
+    if "bias" not in bad:
+        refused(lambda: lora_linear(**(good | {"bias": None} | bad)), says[0])
 
 
 def test_autocast_refuses_a_mixture_with_float64_by_name(refused):

@@ -17,7 +17,7 @@ import lora_ref
 
 PACKAGE = Path(lora_ref.__file__).parent
 MODULES = sorted(PACKAGE.glob("*.py"))
-HEAVY = ("matplotlib", "transformers", "sklearn", "peft", "lora_ref.course")
+HEAVY = ("matplotlib", "transformers", "sklearn", "peft", "loralib", "accelerate", "lora_ref.course")
 
 
 def in_fresh_python(code):

@@ -344,8 +344,21 @@ def test_dropout_acts_on_the_adapters_input_in_training_alone_and_merging_needs_
     torch.testing.assert_close(output(layer, x), plain)
 
 
+def test_a_convolution_drops_entries_of_the_adapters_input_and_rescales_them():
+    layer = layer_of("Conv2d", F64, LoRAConfig(r=3, lora_alpha=5, lora_dropout=0.4)).train()
+    base, x = base_of("Conv2d", F64), KINDS["Conv2d"].batch(F64)
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    delta = dense("Conv2d", layer, base).weight - base.weight
+    update = F.conv2d(dropped, delta, None, base.stride, base.padding)
+    torch.testing.assert_close(found, base(x) + update)
+
+
 def test_an_embedding_has_no_dropout():
     layer = layer_of("Embedding", config=LoRAConfig(r=3, lora_alpha=5, lora_dropout=0.9)).train()
+    assert layer.lora_dropout == 0
     x = ids(2, 9)
     torch.testing.assert_close(layer(x).double(), dense("Embedding", layer, base_of("Embedding"))(x))
 
@@ -398,6 +411,14 @@ def test_merging_in_16_bits_rounds_once(kind, dtype):  # pitfall 1: peft#1388
 
 
 @each_kind
+def test_delta_weight_is_s_B_A_as_the_base_stores_it_without_a_graph(kind):
+    layer, base = layer_of(kind), base_of(kind)
+    delta = layer.delta_weight()
+    assert delta.shape == base.weight.shape and not delta.requires_grad
+    assert error(delta, dense(kind, layer, base).weight - base.weight) <= 1e-6
+
+
+@each_kind
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 def test_merged_and_unmerged_outputs_agree(kind, dtype):
     layer, x = layer_of(kind, dtype), KINDS[kind].batch(dtype)
@@ -413,8 +434,10 @@ def test_merged_and_unmerged_outputs_agree(kind, dtype):
 def test_merged_inference_is_the_bases_forward_with_one_weight(kind):
     layer, base, x = layer_of(kind), base_of(kind), KINDS[kind].batch()
     layer.eval().merge()
-    base.weight = nn.Parameter(layer.merged_weight)
+    formed = layer.merged_weight
+    base.weight = nn.Parameter(formed)
     assert same_bits(output(layer, x), base(x))
+    assert layer.merged_weight is formed  # once, not at every call
 
 
 @each_kind
@@ -459,8 +482,21 @@ def test_a_merged_layer_with_a_frozen_adapter_passes_gradients_to_its_input(kind
     with torch.inference_mode():  # where nothing that is made may meet autograd later
         layer.merge()
         layer(x)
+    layer.apply_adapter = None  # no adapter is trained, so none is computed
     (found,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(found, truth)
+
+
+@each_kind
+def test_a_layer_that_inference_mode_made_merges(kind):
+    x = KINDS[kind].batch()
+    with torch.inference_mode():
+        layer = layer_of(kind).eval()
+        y = layer(x)
+        layer.merge()
+        assert error(layer(x), y) <= 1e-6
+        layer.unmerge()
+        assert same_bits(layer(x), y)
 
 
 def other_state(layer):
@@ -809,6 +845,8 @@ def test_factors_of_a_start_may_be_scattered():
 def test_the_text_of_a_layer_says_its_numbers():
     layer = LoRALinear(nn.Linear(7, 5), LoRAConfig(r=2, lora_alpha=3, use_rslora=True, lora_dropout=0.1))
     assert repr(layer) == "LoRALinear(d=5, k=7, r=2, lora_alpha=3, scale=2.12132 (α/√r), lora_dropout=0.1)"
+    layer.merge()
+    assert repr(layer).endswith("lora_dropout=0.1, merged)")
     assert (
         repr(LoRAConv2d(nn.Conv2d(2, 5, 3), CONFIG)) == "LoRAConv2d(d=5, k=18, r=3, lora_alpha=5, scale=1.66667 (α/r))"
     )
@@ -827,6 +865,10 @@ class OtherEmbedding(nn.Embedding):
         return 2 * super().forward(x)
 
 
+NamedConv1D = type("Conv1D", (nn.Linear,), {})  # not GPT-2's
+WithNf = type("WithNf", (nn.Linear,), {"nf": 5})
+
+
 def with_weight(weight):
     base = nn.Linear(7, 5)
     base.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
@@ -835,16 +877,25 @@ def with_weight(weight):
 
 W = torch.ones(5, 7)
 BAD = {
-    "own forward": (LoRALinear, lambda: OtherForward(7, 5), {}, ["wraps Linear", "got OtherForward", "forward"]),
-    "own embedding": (LoRAEmbedding, lambda: OtherEmbedding(11, 5), {}, ["wraps Embedding", "got OtherEmbedding"]),
+    "own forward": (LoRALinear, lambda: OtherForward(7, 5), {}, ["OtherForward", "forward of its own"]),
+    "own embedding": (LoRAEmbedding, lambda: OtherEmbedding(11, 5), {}, ["OtherEmbedding", "forward of its own"]),
     "Conv1D as Linear": (LoRALinear, lambda: Conv1D(5, 7), {}, ["wraps Linear", "got Conv1D"]),
-    "Linear as Conv1D": (LoRAConv1D, lambda: nn.Linear(7, 5), {}, ["Conv1D (GPT-2)", "got Linear", "see LoRALinear"]),
+    "Linear as Conv1D": (LoRAConv1D, lambda: nn.Linear(7, 5), {}, ["GPT-2", "got Linear", "use LoRALinear"]),
+    "another Conv1D": (LoRAConv1D, lambda: NamedConv1D(7, 5), {}, ["GPT-2", "got Conv1D"]),
+    "another with nf": (LoRAConv1D, lambda: WithNf(7, 5), {}, ["GPT-2", "got WithNf"]),
     "Conv1d as Conv2d": (LoRAConv2d, lambda: nn.Conv1d(2, 5, 3), {}, ["wraps Conv2d", "got Conv1d"]),
     "transposed": (LoRAConv2d, lambda: nn.ConvTranspose2d(2, 5, 3), {}, ["wraps Conv2d", "got ConvTranspose2d"]),
     "Linear as Embedding": (LoRAEmbedding, lambda: nn.Linear(7, 5), {}, ["wraps Embedding", "got Linear"]),
-    "adapted twice": (LoRALinear, lambda: LoRALinear(nn.Linear(7, 5), CONFIG), {}, ["got LoRALinear"]),
+    "adapted twice": (
+        LoRALinear,
+        lambda: LoRALinear(nn.Linear(7, 5), CONFIG),
+        {},
+        ["LoRALinear has an adapter already"],
+    ),
     "None": (LoRALinear, lambda: None, {}, ["wraps Linear", "got NoneType"]),
     "integers": (LoRALinear, lambda: with_weight(W.to(torch.int8)), {}, ["torch.int8", "dequantise"]),
+    "float8": (LoRALinear, lambda: with_weight(W.to(torch.float8_e4m3fn)), {}, ["float8_e4m3fn", "dequantise"]),
+    "of attention": (LoRALinear, lambda: nn.MultiheadAttention(8, 2).out_proj, {}, ["nn.MultiheadAttention"]),
     "nan": (LoRALinear, lambda: with_weight(W * math.nan), {}, ["35 NaN"]),
     "parametrized": (LoRALinear, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)), {}, ["computed"]),
     "groups": (LoRAConv2d, lambda: nn.Conv2d(4, 8, 3, groups=2), {}, ["groups = 2", "groups = 1"]),
@@ -860,6 +911,8 @@ BAD = {
     ),
     "config": (LoRALinear, lambda: nn.Linear(7, 5), {"config": {"r": 2}}, ["LoRAConfig", "{'r': 2}"]),
     "seed": (LoRALinear, lambda: nn.Linear(7, 5), {"generator": 3}, ["got 3 of type int", "manual_seed"]),
+    "seed on meta": (LoRALinear, lambda: nn.Linear(7, 5, device="meta"), {"generator": 3}, ["got 3 of type int"]),
+    "Conv1D's config": (LoRAConv1D, lambda: Conv1D(5, 7), {"config": None}, ["LoRAConfig", "None"]),
     "lora_ga": (
         LoRALinear,
         lambda: nn.Linear(7, 5),
@@ -889,7 +942,7 @@ def test_a_base_or_start_that_does_not_fit_is_refused_and_left_alone(what, refus
     names = list(base.state_dict()) if base is not None else []
     refused(lambda: layer(base, **({"config": CONFIG} | options)), *says)
     for p, (value, requires_grad, version) in zip(parameters, before, strict=True):
-        assert p.is_meta or torch.equal(p.nan_to_num(), value.nan_to_num())
+        assert p.is_meta or torch.equal(p.float().nan_to_num(), value.float().nan_to_num())
         assert p.requires_grad == requires_grad and p._version == version
     assert names == (list(base.state_dict()) if base is not None else [])
 

@@ -150,7 +150,9 @@ def test_false_claim_without_evidence_asks_for_it(small_ledger):
 
 
 def test_unknown_id_names_near_ones_and_where_to_add_it(small_ledger):
-    with pytest.raises(UnknownClaim, match=r"no claim 'lora_is_slwo'.* mean 'lora_is_slow'.* add a table \[lora_is_slwo"):
+    with pytest.raises(
+        UnknownClaim, match=r"no claim 'lora_is_slwo'.* mean 'lora_is_slow'.* add a table \[lora_is_slwo"
+    ):
         claims.claim("lora_is_slwo", True)
     with pytest.raises(LookupError) as error:
         claims.claim("quantum", True)

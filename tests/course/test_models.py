@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ref.course.models import DigitClassifier, LowRankUpdate, accuracy, seeded, trainable, with_values
+from lora_ref import LoRAConfig, LoRALinear, initialization
+from lora_ref.course.models import DigitClassifier, LowRankUpdate, accuracy, seeded, trainable, with_lora, with_values
 
 
 @pytest.mark.parametrize("width, classes", [(64, 10), (7, 3)])
@@ -142,3 +143,30 @@ def test_a_low_rank_update_freezes_w0_and_keeps_its_dtype():
     assert low_rank(torch.zeros(4, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert {name[0] for name, p in low_rank.named_parameters() if p.requires_grad} == {"A", "B"}
     assert trainable(low_rank) == 2 * (7 + 64) + 2 * (7 + 7) + 2 * (3 + 7)
+
+
+def test_with_lora_adapts_the_named_layers_of_a_copy_and_starts_as_the_model(rng_untouched):
+    model = seeded(0, lambda: DigitClassifier(24))
+    before = copy.deepcopy(model.state_dict())
+    adapted = with_lora(model, LoRAConfig(r=3, lora_alpha=7), seed=2, layers=(0, 2))
+    assert [type(layer) for layer in adapted.layers] == [LoRALinear, nn.Linear, LoRALinear]
+    assert trainable(adapted) == 3 * (64 + 24) + 3 * (24 + 10) and trainable(model) == sum(
+        p.numel() for p in model.parameters()
+    )
+    x = torch.rand(5, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(adapted(x), model(x))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again, other = (with_lora(model, LoRAConfig(r=3, lora_alpha=7), seed, (0, 2)) for seed in (2, 3))
+    assert torch.equal(again.layers[0].lora_A, adapted.layers[0].lora_A)
+    assert not torch.equal(other.layers[0].lora_A, adapted.layers[0].lora_A)
+
+
+def test_with_lora_asks_a_start_layer_by_layer():
+    model, seen = seeded(0, lambda: DigitClassifier(24)), []
+
+    def start(W, r, s, generator):
+        seen.append((tuple(W.shape), r, s))
+        return initialization.random(W, r, s, generator, std=0.1)
+
+    adapted = with_lora(model, LoRAConfig(r=3, lora_alpha=6), layers=(0, 1), start=start)
+    assert seen == [((24, 64), 3, 2.0), ((24, 24), 3, 2.0)] and adapted.layers[1].lora_B.abs().min() > 0

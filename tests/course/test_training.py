@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_ref.course.models import DigitClassifier, LowRankUpdate, seeded
-from lora_ref.course.training import batch_indices, cross_entropy_many, fit, one_thread, train_many
+from lora_ref.course.training import batch_indices, cross_entropy_many, fit, one_thread, train, train_many
 from lora_ref.intrinsic_dimension import RandomSubspace
 
 F64 = torch.float64
@@ -286,3 +286,134 @@ def test_fit_refuses_no_models_and_unequal_labels(refused):
 def test_train_many_refuses_no_steps(refused):
     start = {"x": torch.ones(3, 5)}
     refused(lambda: train_many(lambda p, t: p["x"].sum(1), start, torch.ones(3), 0), "steps = 0", "at least 1")
+
+
+# ---------------------------------------------------------------- one run
+
+
+def regression(seed=0, frozen=False):
+    """A model with dropout, and the loss of step t on data that depend on t alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
+    model[0].requires_grad_(not frozen)
+
+    def loss(model, t):
+        x = randn(16, 6, seed=100 + t, dtype=torch.float32)
+        return (model(x) - x[:, :3].sin()).square().mean()
+
+    return model, loss
+
+
+def test_train_is_adamw_with_warm_up_linear_decay_and_clipping():
+    (model, loss), (twin, _) = regression(), regression()
+    steps, rate, warmup = 9, 0.02, 3
+    torch.manual_seed(5)
+    history = train(model, loss, steps, rate, warmup=warmup, weight_decay=0.1, betas=(0.8, 0.95), clip=0.3)
+    torch.manual_seed(5)
+    optimizer, losses = torch.optim.AdamW(twin.parameters(), lr=1.0, weight_decay=0.1, betas=(0.8, 0.95)), []
+    for t, share in enumerate([1 / 3, 2 / 3, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]):
+        optimizer.param_groups[0]["lr"] = rate * share
+        optimizer.zero_grad()
+        value = loss(twin, t)
+        value.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.3)
+        optimizer.step()
+        losses.append(value.item())
+    assert history.losses == losses and history.resumed_at == 0
+    for mine, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 5, 9])
+def test_a_run_that_was_killed_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, killed_at):
+    class Killed(Exception):
+        pass
+
+    def run(model, loss, **options):
+        return train(
+            model, loss, 10, 0.05, warmup=2, every=2, evaluate=lambda m: m(torch.ones(1, 6)).sum().item(), **options
+        )
+
+    torch.manual_seed(3)
+    whole, loss = regression(frozen=True)
+    expected = run(whole, loss)
+    torch.manual_seed(3)
+    model, loss = regression(frozen=True)
+
+    def dies(model, t):
+        if t == killed_at:
+            raise Killed
+        return loss(model, t)
+
+    with pytest.raises(Killed):
+        run(model, dies, checkpoint=tmp_path / "run.pt")
+    torch.manual_seed(99)  # another process: another generator, another start of what is trained
+    again, loss = regression(frozen=True)
+    with torch.no_grad():
+        again[3].weight.normal_()
+    history = run(again, loss, checkpoint=tmp_path / "run.pt")
+    assert history.resumed_at == killed_at // 2 * 2
+    assert history.losses == expected.losses and history.evaluations == expected.evaluations
+    for mine, theirs in zip(again.parameters(), whole.parameters()):
+        assert torch.equal(mine, theirs)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    done = run(regression(frozen=True)[0], dies, checkpoint=tmp_path / "run.pt")
+    assert done.resumed_at == 10 and done.losses == expected.losses
+
+
+def test_the_checkpoint_holds_what_is_trained_only_and_belongs_to_its_run(tmp_path, refused):
+    model, loss = regression(frozen=True)
+    train(model, loss, 4, 0.05, checkpoint=tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert list(saved["model"]) == ["3.weight", "3.bias"] and len(saved["optimizer"]["state"]) == 2
+    before = [p.clone() for p in model.parameters()]
+    refused(lambda: train(model, loss, 5, 0.05, checkpoint=tmp_path / "run.pt"), "another run", "steps")
+    refused(lambda: train(model.requires_grad_(True), loss, 4, 0.05, checkpoint=tmp_path / "run.pt"), "trained")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_evaluating_changes_nothing_and_sees_eval_mode_without_gradients():
+    seen = []
+
+    def evaluate(model):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return torch.rand(()).item()  # draws from the global generator
+
+    torch.manual_seed(1)
+    (model, loss), (twin, _) = regression(), regression()
+    plain = train(model, loss, 5, 0.05)
+    torch.manual_seed(1)
+    watched = train(twin, loss, 5, 0.05, evaluate=evaluate, every=2)
+    assert plain.losses == watched.losses and [step for step, _ in watched.evaluations] == [0, 2, 4, 5]
+    assert seen == [(False, False)] * 4 and twin.training
+
+
+def test_groups_have_rates_of_their_own():
+    model, loss = regression()
+    model[1].p = 0.0
+    before = [p.clone() for p in model.parameters()]
+    groups = [
+        {"params": list(model[0].parameters()), "rate": 0.0, "weight_decay": 0.0},
+        {"params": list(model[3].parameters())},
+    ]
+    train(model, loss, 3, 0.05, groups=groups)
+    assert [torch.equal(a, b) for a, b in zip(before, model.parameters())] == [True, True, False, False]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    model, loss = regression()
+    explodes = lambda model, t: loss(model, t) * (float("nan") if t == 3 else 1)  # noqa: E731
+    with pytest.raises(FloatingPointError, match="nan at step 3; lower the rate"):
+        train(model, explodes, 6, 0.05, every=2, checkpoint=tmp_path / "run.pt")
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 2
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_bad_runs_are_refused(refused):
+    model, loss = regression()
+    refused(lambda: train(model, loss, 0, 0.1), "steps = 0")
+    refused(lambda: train(model, loss, 3, 0.1, warmup=3), "warmup = 3")
+    refused(lambda: train(model, loss, 3, float("inf")), "rate = inf")
+    refused(lambda: train(model, loss, 3, 0.1, every=0), "every = 0")
+    refused(lambda: train(model.requires_grad_(False), loss, 3, 0.1), "trains nothing", "requires_grad_(True)")
