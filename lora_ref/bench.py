@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import layer_bench
+from . import layer_bench, model_bench
 from .intrinsic_dimension import PROJECTIONS
 from .measure import paired, quartiles
 from .svd import randomized_svd
@@ -124,6 +124,12 @@ BENCHMARKS = {
         layer_bench.LAYERS,
         layer_bench.PLAIN,
         layer_bench.draw_memory,
+    ),
+    "model": Benchmark(
+        model_bench.rows,
+        model_bench.finding,
+        "parameters",
+        [c._replace(p=p) for c in model_bench.CASES for p in (0.0, 0.1)],
     ),
     "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES),
     "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import LoRAConfig
 from .initialization import STARTS, Start
 from .layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
-from .model import Plan, apply_plan, build_layers, layer_kind, lora_layers, plan_lora
+from .model import Plan, apply_plan, build_layers, layer_kind, lora_layers, plan_lora, uncompiled
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")  # peft with bias="all" writes such biases a second time
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Merged or not makes no difference. Errors: ValueError for a model without adapter, a start that a reader
     cannot replay ("lora_ga"), or numbers that are not finite; OSError as the system gives it. Nothing changed.
     """
-    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    model = uncompiled(model)
     plan = _plan(model)
     if plan.config.start == "lora_ga":
         raise ValueError(
@@ -98,7 +98,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     implemented, targets that the model lacks, missing, unknown or misshapen tensors, and numbers that are not finite.
     """
     directory, whole = Path(directory), model
-    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    model = uncompiled(model)
     config = read_config(directory)
     tensors = _read_tensors(directory)
     if config.modules_to_save is not None and isinstance(model, nn.Module):
@@ -185,7 +185,10 @@ def _to_peft(model: nn.Module, config: LoRAConfig) -> dict:
     settings = {name: getattr(config, name) for name in FIELDS}
     settings["init_lora_weights"] = TO_PEFT.get(config.start, config.start)
     if settings["target_modules"] == "all-linear":
-        settings["target_modules"] = sorted(lora_layers(model))
+        paths = sorted(map(_plain, lora_layers(model)))
+        others = {_plain(path) for path, _ in model.named_modules()} - set(paths)
+        clash = any(other.endswith("." + path) for other in others for path in paths)  # "0" would mean "1.0" too
+        settings["target_modules"] = "|".join(map(re.escape, paths)) if clash else paths
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(settings[name], (set, tuple)):
             settings[name] = sorted(settings[name])
@@ -198,7 +201,13 @@ def _number(value) -> int | float:
     return value.item() if hasattr(value, "item") else float(value)
 
 
+def _plain(path: str) -> str:
+    """The path as it is without torch.compile around a part of the model."""
+    return path.replace("_orig_mod.", "")
+
+
 def _names(path: str, kind: type[LoRALayer]) -> tuple[str, str]:
+    path = _plain(path)
     if kind is LoRAEmbedding:
         return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
     return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
@@ -224,15 +233,15 @@ def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 def _others(model: nn.Module, plan: Plan) -> dict[str, str]:
     """peft's keys → this model's names of what is trained beside the factors: biases, modules in full (buffers too)."""
-    keys = {}
+    keys, adapted = {}, set(map(_plain, plan.layers))
     for name in model.state_dict(keep_vars=True):
-        path, _, last = name.rpartition(".")
-        if any(path == saved or path.startswith(saved + ".") for saved in plan.saved):
-            keys[PREFIX + name] = name
-        elif last == "bias" and path in plan.layers and plan.config.bias != "none":
+        path, _, last = _plain(name).rpartition(".")
+        if any(path == saved or path.startswith(saved + ".") for saved in map(_plain, plan.saved)):
+            keys[PREFIX + _plain(name)] = name
+        elif last == "bias" and path in adapted and plan.config.bias != "none":
             keys[f"{PREFIX}{path}.base_layer.bias"] = name
         elif last == "bias" and plan.config.bias == "all":
-            keys[PREFIX + name] = name
+            keys[PREFIX + _plain(name)] = name
     return keys
 
 
@@ -258,7 +267,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / TENSORS
     try:
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         pickled = (directory / "adapter_model.bin").exists()
         hint = "adapter_model.bin is a pickle, which can run code: convert it in peft" if pickled else "save it first"
         raise FileNotFoundError(f"{path} does not exist; {hint}") from None

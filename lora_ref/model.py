@@ -66,12 +66,14 @@ def add_lora(
     with near matches; for a rank above min(d, k), with the path; for a model that is adapted already. TypeError for
     a matched module of a kind that has no LoRA layer.
     """
+    whole, model = model, uncompiled(model)
     plan = plan_lora(model, config)
     built = build_layers(model, plan, starts or (lambda path, W, own: None), generator)
     if starts is not None:  # what a reader of the adapter must know: whether the base is still what it was
         kept = all(layer.weight is model.get_submodule(path).weight for path, layer in built.items())
         plan = plan._replace(config=dataclasses.replace(config, init_lora_weights=kept or "lora_ga"))
-    return apply_plan(model, plan, built)
+    apply_plan(model, plan, built)
+    return whole
 
 
 def build_layers(
@@ -97,6 +99,11 @@ def build_layers(
             parameter.requires_grad_(flag)
         raise
     return built
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper; a model without one is itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def layer_kind(module: nn.Module) -> type[LoRALayer] | None:

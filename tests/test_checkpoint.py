@@ -1,0 +1,937 @@
+"""checkpoint.py: files to and from peft; what is on disk; damage, crashes and foreign files."""
+
+import builtins
+import copy
+import errno
+import fractions
+import json
+import multiprocessing
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_model import (
+    ARCHITECTURES,
+    BF16,
+    CONFIGS,
+    F32,
+    IDS,
+    TEXT,
+    adapted,
+    base_of,
+    both,
+    config_of,
+    copy_trained,
+    error,
+    llama,
+    logits,
+    peft_layers,
+    peft_of,
+    randomize,
+    same,
+    state,
+    twins,
+)
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForSequenceClassification
+
+from lora_ref import LoRAConfig, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
+from lora_ref.checkpoint import CONFIG, PREFIX, TENSORS, read_config
+from lora_ref.config import STARTS
+from lora_ref.initialization import pissa
+from lora_ref.layers import LoRALinear
+from lora_ref.model import count_parameters, lora_layers
+
+LAYER = "model.layers.0.self_attn.q_proj"
+KEY = f"{PREFIX}{LAYER}.lora_A.weight"
+each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+each_config = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def peft_save(other, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the embeddings are saved too
+        other.save_pretrained(directory)
+
+
+def peft_load(base, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on fan_in_fan_out, tied heads
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()
+
+
+def tensors_in(directory):
+    return load_file(Path(directory) / TENSORS)
+
+
+def settings_in(directory):
+    return json.loads((Path(directory) / CONFIG).read_text())
+
+
+def rewrite(directory, change=lambda tensors: None, **options):
+    """The same adapter with other tensors or settings."""
+    tensors, found = tensors_in(directory), settings_in(directory)
+    change(tensors)
+    save_file(tensors, Path(directory) / TENSORS, metadata={"format": "pt"})
+    (Path(directory) / CONFIG).write_text(json.dumps(found | options))
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with the adapter of `adapted()`."""
+    save_adapter(adapted(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refuses(directory, *says, error=ValueError, base=None):
+    """Loading fails, says this, and leaves the model as it was."""
+    model = base_of() if base is None else base
+    before = state(model)
+    with pytest.raises(error) as refusal:
+        load_adapter(model, directory)
+    for part in says:
+        assert part in str(refusal.value), f"{part!r} is not in: {refusal.value}"
+    same(before, state(model))
+
+
+# peft as oracle
+
+
+@each_architecture
+@each_config
+def test_what_peft_wrote_is_read_here(name, kind, tmp_path):
+    _, other = both(name, kind)
+    peft_save(other, tmp_path)
+    model = load_adapter(base_of(name), tmp_path).eval()
+    assert error(logits(model, ARCHITECTURES[name].batch), logits(other, ARCHITECTURES[name].batch)) <= 1e-6
+    for own, theirs in twins(model, other):
+        assert torch.equal(own.view(theirs.shape), theirs)
+
+
+@each_architecture
+@each_config
+def test_what_is_written_here_is_read_by_peft_key_for_key(name, kind, tmp_path):
+    model, other = both(name, kind)
+    save_adapter(model, tmp_path / "own")
+    read, batch = peft_load(base_of(name), tmp_path / "own"), ARCHITECTURES[name].batch
+    assert error(logits(model, batch), logits(read, batch)) <= 1e-6
+    peft_save(other, tmp_path / "theirs")
+    own, theirs = tensors_in(tmp_path / "own"), tensors_in(tmp_path / "theirs")
+    theirs = {key: value for key, value in theirs.items() if not checkpoint.COPY.search(key)}
+    assert own.keys() == theirs.keys()
+    for key, value in own.items():
+        assert torch.equal(value, theirs[key]), key
+    with safe_open(tmp_path / "own" / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    expected, found = settings_in(tmp_path / "theirs"), settings_in(tmp_path / "own")
+    for field in ("target_modules", "modules_to_save"):
+        expected[field], found[field] = (set(value[field] or ()) for value in (expected, found))
+    assert {key: value for key, value in found.items() if value != expected[key]} == {}
+    again = load_adapter(base_of(name), tmp_path / "own").eval()
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+@settings(max_examples=20)
+@given(
+    name=st.sampled_from(["Llama", "GPT-2", "BERT"]),
+    targets=st.sampled_from(["names", "pattern", "all-linear"]),
+    rank=st.integers(1, 3),
+    alpha=st.sampled_from([1, 2.5, 7]),
+    ranks=st.booleans(),
+    rslora=st.booleans(),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    full=st.booleans(),
+)
+def test_random_configurations_go_both_ways(tmp_path_factory, name, targets, rank, alpha, ranks, rslora, bias, full):
+    architecture, directory = ARCHITECTURES[name], tmp_path_factory.mktemp("adapter")
+    targets = {"names": architecture.targets, "pattern": architecture.pattern}.get(targets, targets)
+    options = {"target_modules": targets, "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "bias": bias}
+    options |= {"modules_to_save": True} if full else {}
+    if ranks and targets == architecture.targets:
+        options |= {"rank_pattern": {targets[0]: 2}, "alpha_pattern": {".*": 11, targets[1]: 13}}
+    model, other = both(name, **options)
+    truth = logits(model, architecture.batch)
+    save_adapter(model, directory)
+    assert error(logits(peft_load(base_of(name), directory), architecture.batch), truth) <= 2e-6
+    peft_save(other, directory)
+    assert error(logits(load_adapter(base_of(name), directory).eval(), architecture.batch), truth) <= 2e-6
+
+
+class Picture(nn.Module):
+    """Each kind of layer in one small module, for peft as for us."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, (3, 2), stride=(2, 1), padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.tokens = nn.Embedding(11, 5, padding_idx=2)
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, x, ids):
+        return self.out(self.norm(self.conv(x)).mean((2, 3)) + self.tokens(ids).sum(1))
+
+
+def picture():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = Picture()
+        base.train()(torch.randn(4, 2, 8, 6), torch.ones(4, 3, dtype=torch.long))  # running statistics of its own
+    return base.eval()
+
+
+X, TOKENS = torch.randn(3, 2, 8, 6, generator=torch.Generator().manual_seed(1)), IDS.flatten()[:9].view(3, 3) % 11
+
+
+@pytest.mark.parametrize("full", [None, ["norm"]])
+def test_convolutions_embeddings_and_a_norms_buffers_go_both_ways(full, tmp_path):
+    options = {"r": 3, "lora_alpha": 7, "target_modules": ["conv", "tokens", "out"], "modules_to_save": full}
+    base = picture()
+    model, other = add_lora(copy.deepcopy(base), LoRAConfig(**options)), peft_of(base, **options)
+    randomize(model, std=0.5)
+    if full:
+        model.train()(X, TOKENS)  # trained in full, its statistics move too
+        other.train()(X, TOKENS)
+        assert model.norm.num_batches_tracked == 2
+    copy_trained(model.eval(), other.eval())
+    truth = model(X, TOKENS).detach()
+    save_adapter(model, tmp_path / "own")
+    shapes = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in tensors_in(tmp_path / "own").items()}
+    assert shapes["conv.lora_A.weight"] == (3, 2, 3, 2) and shapes["conv.lora_B.weight"] == (5, 3, 1, 1)
+    assert shapes["tokens.lora_embedding_A"] == (3, 11) and shapes["tokens.lora_embedding_B"] == (5, 3)
+    assert shapes["out.lora_A.weight"] == (3, 5) and shapes["out.lora_B.weight"] == (4, 3)
+    assert len(shapes) == (11 if full else 6)
+    with torch.no_grad():
+        assert error(load_adapter(copy.deepcopy(base), tmp_path / "own").eval()(X, TOKENS), truth) <= 1e-6
+        assert error(peft_load(base, tmp_path / "own")(X, TOKENS), truth) <= 1e-6
+        for own, theirs in zip(model.buffers(), [b for n, b in other.named_buffers() if "original" not in n]):
+            theirs.copy_(own)
+        peft_save(other, tmp_path / "theirs")
+        assert error(load_adapter(copy.deepcopy(base), tmp_path / "theirs").eval()(X, TOKENS), truth) <= 1e-6
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_copy_of_the_base_that_peft_adds_for_embeddings_is_checked(target, tied, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = llama(tie_word_embeddings=tied)
+    other = randomize(peft_of(base, r=3, lora_alpha=7, target_modules=[target, "q_proj"])).eval()
+    peft_save(other, tmp_path)
+    path = "lm_head" if target == "lm_head" else "model.embed_tokens"
+    key = f"{PREFIX}{path}.base_layer.weight"
+    assert key in tensors_in(tmp_path)
+    assert error(logits(load_adapter(copy.deepcopy(base), tmp_path).eval(), TEXT), logits(other, TEXT)) <= 1e-6
+    rewrite(tmp_path, lambda tensors: tensors[key].mul_(1.5))
+    refuses(tmp_path, key, "no use", base=copy.deepcopy(base))
+    rewrite(tmp_path, lambda tensors: tensors.update({key: torch.zeros(40, 16)}))
+    refuses(tmp_path, key, "no use", base=copy.deepcopy(base))
+
+
+def test_a_classifier_that_peft_made_has_a_head_that_the_model_lacks(tmp_path):
+    """peft puts "classifier" and "score" in modules_to_save; here the ending means "pre_classifier" too."""
+    base = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=31, dim=16, hidden_dim=24, n_layers=1, n_heads=2, num_labels=3)
+    ).eval()
+    batch = {"input_ids": IDS}
+    for model, target in ((base, "q_lin"), (base_of("BERT"), "query")):
+        other = randomize(peft_of(model, r=3, lora_alpha=7, target_modules=[target], task_type="SEQ_CLS")).eval()
+        peft_save(other, tmp_path)
+        assert "score" in settings_in(tmp_path)["modules_to_save"]
+        own = load_adapter(copy.deepcopy(model), tmp_path).eval()
+        assert error(logits(own, batch), logits(other, batch)) <= 1e-6
+        assert len(twins(own, other)) == len([p for p in other.parameters() if p.requires_grad])
+        save_adapter(own, tmp_path)
+        assert error(logits(peft_load(model, tmp_path), batch), logits(other, batch)) <= 1e-6
+    rewrite(tmp_path, modules_to_save=["classifier", "skore"])
+    refuses(tmp_path, "modules_to_save has 'skore'", base=base_of("BERT"))
+
+
+def test_tied_biases_go_both_ways(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = BertForMaskedLM(BertConfig(vocab_size=31, **sizes)).eval()
+    options = {"r": 3, "lora_alpha": 7, "target_modules": ["query"], "bias": "all"}
+    model, other = randomize(add_lora(copy.deepcopy(base), LoRAConfig(**options))).eval(), peft_of(base, **options)
+    copy_trained(model, other)
+    truth = logits(model, {"input_ids": IDS})
+    peft_save(other, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "own")
+    assert tensors_in(tmp_path / "own").keys() == tensors_in(tmp_path / "theirs").keys()
+    for directory in ("own", "theirs"):
+        read = load_adapter(copy.deepcopy(base), tmp_path / directory).eval()
+        assert error(logits(read, {"input_ids": IDS}), truth) <= 1e-6
+    assert error(logits(peft_load(base, tmp_path / "own"), {"input_ids": IDS}), truth) <= 1e-6
+
+
+# the configuration
+
+NAMES = st.lists(st.sampled_from(["q_proj", "v_proj", "self_attn.k_proj", "mlp.up_proj"]), min_size=1, unique=True)
+PATTERNS = ["q_proj", r".*_proj", r"layers\.\d+\..*"]
+
+
+@given(
+    targets=st.one_of(NAMES, NAMES.map(set), NAMES.map(tuple), st.sampled_from([r".*_proj", "all-linear"])),
+    excluded=st.sampled_from([None, ["down_proj"], r".*\.o_proj", ("o_proj", "down_proj")]),
+    full=st.sampled_from([None, ["lm_head"], ("lm_head", "norm")]),
+    start=st.sampled_from([True, False, *STARTS]),
+    ranks=st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 12).map(lambda r: 2 * r), max_size=2),
+    alphas=st.dictionaries(st.sampled_from(PATTERNS), st.floats(0.5, 1e3), max_size=2),
+    r=st.integers(1, 3).map(lambda r: 2 * r),
+    alpha=st.one_of(st.integers(1, 64), st.floats(1e-3, 1e3)),
+    dropout=st.floats(0, 0.9),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+)
+def test_every_field_survives_and_peft_reads_the_same(
+    tmp_path_factory, targets, excluded, full, start, ranks, alphas, r, alpha, dropout, flags, bias
+):
+    sizes = {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": dropout}
+    options = {"target_modules": targets, "exclude_modules": excluded, "modules_to_save": full, "bias": bias}
+    config = LoRAConfig(**sizes, **options, init_lora_weights=start, use_rslora=flags[0], fan_in_fan_out=flags[1])
+    directory = tmp_path_factory.mktemp("config")
+    model = nn.Module()
+    model.q_proj = LoRALinear(nn.Linear(9, 7), LoRAConfig(r=2))
+    (directory / CONFIG).write_text(json.dumps(checkpoint._to_peft(model, config)))
+    found, theirs = read_config(directory), peft.LoraConfig.from_pretrained(directory)
+    for name in checkpoint.FIELDS:
+        value, own, other = getattr(config, name), getattr(found, name), getattr(theirs, name)
+        if name == "init_lora_weights":
+            own_start = {"random": False, "kaiming": True, "zero": True, "zero_a": True}.get(value, value)
+            assert own == own_start and other == own
+        elif name.endswith("_modules") or name == "modules_to_save":
+            value = ["q_proj"] if value == "all-linear" else value
+            plain = value if value is None or isinstance(value, str) else sorted(value)
+            assert (own if isinstance(own, str | None) else sorted(own)) == plain
+            assert (other if isinstance(other, str | None) else sorted(other)) == plain
+        else:
+            assert own == value and other == value, name
+    assert found.scale == config.scale
+
+
+def test_all_linear_is_written_out_so_that_it_means_no_other_layer(tmp_path):
+    """In a list, the path "0" would mean "1.0" too, which is no linear layer."""
+    base = nn.Sequential(nn.Linear(7, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 4)))
+    model = randomize(add_lora(copy.deepcopy(base), LoRAConfig(r=2, lora_alpha=5, target_modules="all-linear")))
+    save_adapter(model, tmp_path / "clash")
+    assert settings_in(tmp_path / "clash")["target_modules"] == r"0|1\.1"
+    x = torch.ones(3, 7)
+    for read in (load_adapter(copy.deepcopy(base), tmp_path / "clash"), peft_load(base, tmp_path / "clash")):
+        assert error(read(x).detach(), model(x).detach()) <= 1e-6
+    save_adapter(adapted(target_modules="all-linear"), tmp_path / "plain")
+    found = settings_in(tmp_path / "plain")["target_modules"]
+    assert len(found) == 14 and found == sorted(found) and found[-1] == "model.layers.1.self_attn.v_proj"
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_scale_survives(use_rslora, tmp_path):  # pitfalls 7, 17: peft#2733, diffusers#6087
+    options = {"r": 3, "lora_alpha": 11, "use_rslora": use_rslora, "target_modules": ["q_proj", "v_proj"]}
+    model = adapted(**options, rank_pattern={"v_proj": 2}, alpha_pattern={r"1\..*": 5.5})
+    save_adapter(model, tmp_path)
+    read, other = load_adapter(base_of(), tmp_path), peft_load(base_of(), tmp_path)
+    scales = [layer.scale for layer in lora_layers(model).values()]
+    root = 0.5 if use_rslora else 1
+    assert scales == pytest.approx([11 / 3**root, 11 / 2**root, 5.5 / 3**root, 5.5 / 2**root])
+    assert [layer.scale for layer in lora_layers(read).values()] == scales
+    assert [layer.scaling["default"] for layer in peft_layers(other).values()] == scales
+
+
+def test_numbers_of_numpy_torch_and_fractions_are_written(tmp_path):
+    numbers = {"r": np.int64(3), "lora_alpha": np.float32(2.5), "lora_dropout": fractions.Fraction(1, 4)}
+    config = LoRAConfig(**numbers, rank_pattern={"v_proj": torch.tensor(2)}, target_modules={"q_proj", "v_proj"})
+    save_adapter(add_lora(base_of(), config), tmp_path)
+    found = read_config(tmp_path)
+    assert (found.r, found.lora_alpha, found.lora_dropout, found.rank_pattern) == (3, 2.5, 0.25, {"v_proj": 2})
+    assert found.target_modules == ["q_proj", "v_proj"]
+
+
+def test_little_is_needed_to_read_and_what_has_no_effect_is_passed_over(saved):
+    (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    assert read_config(saved) == LoRAConfig(target_modules=["q_proj"])
+    inert = {"revision": "main", "task_type": "CAUSAL_LM", "peft_version": "9.9", "loftq_config": {"loftq_bits": 4}}
+    off = {"use_dora": False, "lora_bias": False, "layers_to_transform": None, "rank_pattern": None, "of_2031": None}
+    (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]} | inert | off))
+    assert read_config(saved) == LoRAConfig(target_modules=["q_proj"])
+
+
+def test_the_configuration_is_in_utf_8(tmp_path, monkeypatch):
+    model = nn.ModuleDict({"größe": nn.Linear(7, 5)})
+    save_adapter(add_lora(model, LoRAConfig(r=2, target_modules=["größe"])), tmp_path)
+    text = (tmp_path / CONFIG).read_bytes().decode()
+    (tmp_path / CONFIG).write_bytes(text.replace("\\u00f6", "ö").replace("\\u00df", "ß").encode())
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="latin-1", **more: read(path, encoding, **more))
+    assert read_config(tmp_path).target_modules == ["größe"]
+
+
+def test_the_bases_name_is_written(tmp_path):
+    model = adapted()
+    model.config._name_or_path = "somewhere/small-llama"
+    save_adapter(model, tmp_path / "named")
+    assert settings_in(tmp_path / "named")["base_model_name_or_path"] == "somewhere/small-llama"
+    save_adapter(add_lora(nn.Sequential(nn.Linear(7, 5)), LoRAConfig(r=2, target_modules=["0"])), tmp_path / "none")
+    assert settings_in(tmp_path / "none")["base_model_name_or_path"] is None
+
+
+def test_the_files_look_like_pefts(saved):
+    assert sorted(contents(saved)) == [CONFIG, TENSORS]
+    text = (saved / CONFIG).read_text()
+    found = json.loads(text)
+    assert text == json.dumps(found, indent=2, sort_keys=True) + "\n"
+    assert found["peft_type"] == "LORA" and found["inference_mode"] is True
+    (saved / "other").write_text("")
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "other").stat().st_mode}
+
+
+# starts that change the base
+
+
+def test_pissa_is_replayed_here_and_in_peft_and_spares_a_shared_base(tmp_path):  # pitfall 14: peft#2184
+    base = base_of().eval()
+    options = {"r": 3, "lora_alpha": 7, "target_modules": ["lm_head", "q_proj"], "init_lora_weights": "pissa"}
+    model = randomize(add_lora(copy.deepcopy(base), LoRAConfig(**options))).eval()
+    truth = logits(model, TEXT)
+    save_adapter(model, tmp_path / "own")
+    assert settings_in(tmp_path / "own")["init_lora_weights"] == "pissa"
+    read = copy.deepcopy(base)
+    shared = read.model.embed_tokens.weight
+    load_adapter(read, tmp_path / "own").eval()
+    assert error(logits(read, TEXT), truth) <= 1e-6
+    assert read.model.embed_tokens.weight is shared and torch.equal(shared, base.model.embed_tokens.weight)
+    assert not torch.equal(read.lm_head.weight, shared)
+    save_adapter(read, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "own")
+    options["target_modules"] = ["q_proj", "v_proj"]  # of a tied head, peft changes the embeddings too
+    other = randomize(peft_of(base, **options)).eval()
+    peft_save(other, tmp_path / "theirs")
+    own = load_adapter(copy.deepcopy(base), tmp_path / "theirs").eval()
+    assert error(logits(own, TEXT), logits(other, TEXT)) <= 2e-6
+    save_adapter(own, tmp_path / "back")
+    assert error(logits(peft_load(base, tmp_path / "back"), TEXT), logits(other, TEXT)) <= 2e-6
+
+
+def test_peft_replays_pissa_on_linear_layers_alone(tmp_path):
+    options = {"r": 3, "lora_alpha": 7, "target_modules": ["wte", "c_attn"], "init_lora_weights": "pissa"}
+    other = randomize(peft_of(base_of("GPT-2"), **options, fan_in_fan_out=True)).eval()
+    peft_save(other, tmp_path)
+    model = load_adapter(base_of("GPT-2"), tmp_path).eval()
+    assert error(logits(model, TEXT), logits(other, TEXT)) <= 2e-6
+    own = add_lora(base_of("GPT-2"), LoRAConfig(**options))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer.wte: peft replays.*'pissa' on linear.*LoRAEmbedding"):
+        save_adapter(own, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_base_changed_by_what_no_file_holds_is_not_saved(tmp_path, refused):
+    base, config = base_of(), LoRAConfig(r=3, lora_alpha=7, target_modules=["q_proj"])
+    for options in ({}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "lora_ga"}):
+        own = LoRAConfig(r=3, lora_alpha=7, target_modules=["q_proj"], **options)
+        model = add_lora(copy.deepcopy(base), own, lambda path, W, c: pissa(W, c.r, c.scale))
+        refused(lambda: save_adapter(model, tmp_path / "no"), "changed the base", "state_dict")
+    assert not (tmp_path / "no").exists()
+    for start in ("zero_a", "kaiming"):  # the base is as it was: the file says so, and peft replays nothing
+        config = LoRAConfig(r=3, lora_alpha=7, target_modules=["q_proj"], init_lora_weights="pissa")
+        model = add_lora(copy.deepcopy(base), config, lambda path, W, c: checkpoint.STARTS[start](W, c.r, c.scale))
+        randomize(model).eval()
+        save_adapter(model, tmp_path)
+        assert settings_in(tmp_path)["init_lora_weights"] is True
+        assert error(logits(peft_load(base, tmp_path), TEXT), logits(model, TEXT)) <= 1e-6
+
+
+def test_lora_ga_in_a_file_is_refused(saved):
+    rewrite(saved, init_lora_weights="lora_ga")
+    refuses(saved, "lora_ga", "no file holds")
+
+
+# what is loaded, what is saved
+
+
+def test_loading_uses_no_random_numbers_and_keeps_factors_bit_for_bit(saved, rng_untouched):
+    with torch.random.fork_rng():
+        base = base_of()
+        truth = tensors_in(saved)
+    model = load_adapter(base, saved)
+    assert model is base
+    names = {name.replace(PREFIX, "").removesuffix(".weight"): value for name, value in truth.items()}
+    assert names.keys() == lora_parameters(model).keys()
+    assert all(torch.equal(p, names[name]) for name, p in lora_parameters(model).items())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_is_trained_after_loading(trainable, tmp_path):
+    options = config_of("BERT", "saved", bias="lora_only")
+    model = add_lora(base_of("BERT"), LoRAConfig(**options))
+    save_adapter(model, tmp_path)
+    read = load_adapter(base_of("BERT"), tmp_path, trainable=trainable)
+    expected = {name for name, p in model.named_parameters() if p.requires_grad} if trainable else set()
+    assert {name for name, p in read.named_parameters() if p.requires_grad} == expected
+    assert count_parameters(read).total == count_parameters(model).total
+    assert [m.training for m in lora_layers(read).values()] == [m.training for m in lora_layers(model).values()]
+
+
+def test_a_loaded_adapter_trains_on_as_the_original(saved):
+    def step(model):
+        model.train()(**TEXT).loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        return torch.cat([p.detach().flatten() for p in lora_parameters(model).values()])
+
+    assert torch.equal(step(load_adapter(base_of(), saved)), step(adapted()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float64], ids=str)
+def test_factors_keep_the_files_dtype_whatever_the_bases(dtype, tmp_path):  # pitfall 18: unsloth#212, peft#2421
+    model = adapted(bias="all")
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(dtype)
+    save_adapter(model, tmp_path)
+    assert {value.dtype for value in tensors_in(tmp_path).values()} == {dtype}
+    for base in (F32, BF16):
+        read = load_adapter(base_of().to(base), tmp_path).eval()
+        assert {p.dtype for p in lora_parameters(read).values()} == {dtype}
+        assert read.lm_head.weight.dtype == base
+        found, truth = logits(read, TEXT), logits(model, TEXT)
+        assert found.dtype == base and error(found.float(), truth.float()) <= 8 * torch.finfo(base).eps
+        read(**TEXT).loss.backward()
+        assert all(p.grad.dtype == dtype and p.grad.any() for p in lora_parameters(read).values())
+
+
+def test_trained_biases_take_the_models_dtype(tmp_path):
+    options = config_of("BERT", "saved", bias="lora_only")
+    model = randomize(add_lora(base_of("BERT"), LoRAConfig(**options)))
+    save_adapter(model, tmp_path)
+    read = load_adapter(base_of("BERT").to(BF16), tmp_path)
+    path = "bert.encoder.layer.0.attention.self.query"
+    assert read.get_submodule(path).bias.dtype == read.classifier.weight.dtype == BF16
+    assert torch.equal(read.get_submodule(path).bias, model.get_submodule(path).bias.to(BF16))
+
+
+def test_saving_merged_writes_the_same_bytes(tmp_path):  # pitfall 15: microsoft/LoRA#34, #61
+    model = adapted(bias="all", modules_to_save=["lm_head"])
+    save_adapter(model, tmp_path / "plain")
+    merge(model)
+    save_adapter(model, tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "plain")
+    assert all(layer.merged for layer in lora_layers(model).values())
+
+
+def test_saving_changes_nothing_in_the_model(tmp_path):
+    model = adapted(bias="all", modules_to_save=["lm_head"])
+    before = state(model)
+    save_adapter(model, tmp_path)
+    same(before, state(model))
+
+
+def test_factors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):  # pitfall 25: peft#1876
+    model = adapted()
+    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1))
+    second.lora_A = first.lora_A
+    first.lora_B.data = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)).T
+    assert not first.lora_B.is_contiguous()
+    save_adapter(model, tmp_path)
+    read = load_adapter(base_of(), tmp_path).eval()
+    assert torch.equal(logits(read, TEXT), logits(model, TEXT))
+    again = [read.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1)]
+    assert again[0].lora_A is not again[1].lora_A and again[0].lora_B.is_contiguous()
+
+
+@pytest.mark.parametrize("part", ["whole", "a block", "in place", "before add_lora"])
+def test_a_compiled_model_is_saved_and_loaded_under_plain_names(part, tmp_path):  # pitfall 22: peft#2957
+    config = LoRAConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], bias="all", modules_to_save=["lm_head"])
+
+    def compiled(model):
+        if part in ("whole", "before add_lora"):
+            return torch.compile(model, backend="eager")
+        if part == "a block":
+            model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+        else:
+            model.compile(backend="eager")
+        return model
+
+    plain = randomize(add_lora(base_of(), config)).eval()
+    save_adapter(plain, tmp_path / "plain")
+    if part == "before add_lora":
+        model = randomize(add_lora(compiled(base_of()), config))
+    else:
+        model = compiled(copy.deepcopy(plain))
+    save_adapter(model, tmp_path / "compiled")
+    assert contents(tmp_path / "compiled") == contents(tmp_path / "plain")
+    read = compiled(base_of())
+    assert load_adapter(read, tmp_path / "compiled") is read
+    save_adapter(read, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "plain")
+
+
+def test_a_saved_directory_is_made_and_written_over(tmp_path):
+    model, directory = adapted(), tmp_path / "a" / "b"
+    save_adapter(model, str(directory))
+    randomize(model, seed=7)
+    save_adapter(model, directory)
+    assert sorted(path.name for path in directory.iterdir()) == [CONFIG, TENSORS]
+    assert torch.equal(tensors_in(directory)[KEY], model.get_submodule(LAYER).lora_A)
+
+
+# what is not saved
+
+
+def test_a_model_that_cannot_be_saved_is_refused_and_the_old_files_stay(saved, refused):
+    before = contents(saved)
+    refused(lambda: save_adapter(base_of(), saved), "LlamaForCausalLM has no LoRA layer", "add_lora")
+    refused(lambda: save_adapter("model", saved), "torch.nn.Module", "str")
+    by_hand = nn.Sequential(LoRALinear(nn.Linear(7, 5), LoRAConfig(r=2)))
+    refused(lambda: save_adapter(by_hand, saved), "Sequential was adapted by hand", "load_adapter")
+    with torch.device("meta"):
+        shapes = add_lora(llama(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    refused(lambda: save_adapter(shapes, saved), KEY, "meta device")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        model = adapted()
+        model.get_submodule(LAYER).lora_A.data[1, 2] = value
+        refused(lambda: save_adapter(model, saved), KEY, "NaN or infinite")
+    assert contents(saved) == before
+
+
+# damaged and foreign files
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+@pytest.mark.parametrize("eighths", range(8))
+def test_a_truncated_file_is_refused(file, eighths, saved, rng_untouched):
+    data = (saved / file).read_bytes()
+    (saved / file).write_bytes(data[: len(data) * eighths // 8])
+    with torch.random.fork_rng():
+        says = "is not JSON" if file == CONFIG else "is not a whole safetensors file"
+        refuses(saved, str(saved / file), says)
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"\x80\x04N.", b"[" * 100_000, b"\0" * 64], ids=range(4))
+def test_a_file_of_another_kind_is_refused(file, data, saved):
+    (saved / file).write_bytes(data)
+    refuses(saved, str(saved / file))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[]", ["list"]),
+        ("3", ["int"]),
+        ("{}", ["None", "'LORA'"]),
+        ('{"peft_type": "IA3", "target_modules": ["q_proj"]}', ["'IA3'", "'LORA'"]),
+        ('{"peft_type": "ADALORA", "target_r": 4}', ["'ADALORA'"]),
+        ('{"peft_type": "lora"}', ["'lora'"]),
+    ],
+)
+def test_another_kind_of_adapter_is_refused(text, says, saved):
+    (saved / CONFIG).write_text(text)
+    refuses(saved, str(saved / CONFIG), *says)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0},
+        {"layers_pattern": ["layers"]},
+        {"lora_bias": True},
+        {"target_parameters": ["mlp.experts"]},
+        {"use_qalora": True},
+        {"use_bdlora": {"nblocks": 2}},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": [3]},
+        {"alora_invocation_tokens": [1]},
+        {"arrow_config": {"top_k": 2}},
+        {"ensure_weight_tying": True},
+        {"velora_config": {"num_groups": 2}},
+        {"monteclora_config": {}, "kasa_config": {"beta": 1}},
+        {"of_2031": "yes"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_enabled_variant_is_refused_by_name(options, saved):
+    rewrite(saved, **options)
+    refuses(saved, str(saved / CONFIG), f"enables {list(options)[-1]} = ", "not implemented", "in peft")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"use_dora": True}, ["use_dora"]),
+        ({"r": 0}, ["r = 0"]),
+        ({"r": "3"}, ["'3'"]),
+        ({"r": None}, ["None"]),
+        ({"lora_alpha": -1}, ["lora_alpha = -1"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha = nan"]),
+        ({"lora_dropout": 1.5}, ["lora_dropout = 1.5"]),
+        ({"bias": "some"}, ["bias = 'some'"]),
+        ({"init_lora_weights": "olora"}, ["'olora'"]),
+        ({"init_lora_weights": "loftq"}, ["'loftq'"]),
+        ({"rank_pattern": [1]}, ["rank_pattern", "[1]"]),
+        ({"rank_pattern": {"q_proj": 0}}, ["rank_pattern['q_proj']"]),
+        ({"target_modules": 3}, ["target_modules", "3"]),
+        ({"modules_to_save": "lm_head"}, ["modules_to_save", "'lm_head'"]),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(options, says, saved):
+    rewrite(saved, **options)
+    refuses(saved, str(saved / CONFIG), *says)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"target_modules": ["q_proj", "query"]}, ["'query'"]),
+        ({"target_modules": None}, ["target_modules is None"]),
+        ({"target_modules": "("}, ["no regular expression"]),
+        ({"rank_pattern": {"k_proj": 2}}, ["rank_pattern key 'k_proj'"]),
+        ({"exclude_modules": ["query"]}, ["exclude_modules has 'query'"]),
+        ({"r": 4}, [KEY, "(3, 16)", "(4, 16)"]),
+        ({"r": 10**12}, [KEY, "(3, 16)"]),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, ["lacks", "k_proj.lora_A.weight"]),
+        ({"target_modules": ["q_proj"]}, ["v_proj.lora_A.weight and 3 more", "no use"]),
+        ({"bias": "all", "modules_to_save": ["norm"]}, ["lacks", "layernorm.weight"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_fits_neither_model_nor_tensors_is_refused(options, says, saved):
+    rewrite(saved, **options)
+    refuses(saved, *says)
+
+
+def change(key, function):
+    return lambda tensors: tensors.update({key: function(tensors[key])})
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        (lambda tensors: tensors.pop(KEY), ["lacks", KEY, "another base"]),  # pitfall 11: peft#2118, #2566
+        (lambda tensors: tensors.update(extra=torch.ones(2)), ["has extra, for which"]),
+        (lambda tensors: tensors.update({KEY.replace("layers.0", "layers.7"): torch.ones(3)}), ["layers.7", "no use"]),
+        (lambda tensors: tensors.update({KEY.replace("_A", "_magnitude_vector"): torch.ones(24)}), ["_magnitude_"]),
+        (lambda tensors: tensors.update({KEY.removeprefix(PREFIX): tensors.pop(KEY)}), ["lacks", KEY]),
+        (change(KEY, lambda A: A.T.contiguous()), [KEY, "(16, 3)", "(3, 16)", "another base"]),
+        (change(KEY, lambda A: A.reshape(3, 16, 1)), [KEY, "(3, 16, 1)"]),
+        (change(KEY, lambda A: A[:, :0]), [KEY, "(3, 0)"]),
+        (change(KEY, lambda A: A * float("nan")), [KEY, "NaN or infinite"]),
+        (change(KEY, lambda A: A.index_fill(0, torch.tensor(2), -float("inf"))), [KEY, "NaN or infinite"]),
+        (change(KEY, lambda A: A.int()), [KEY, "torch.int32"]),
+        (change(KEY, lambda A: A > 0), [KEY, "torch.bool"]),
+        (change(KEY, lambda A: A.to(torch.complex64)), [KEY, "torch.complex64"]),
+        (change(KEY, lambda A: A.to(torch.float8_e4m3fn)), [KEY, "torch.float8_e4m3fn"]),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused(how, says, saved):
+    rewrite(saved, how)
+    refuses(saved, str(saved / TENSORS), *says)
+
+
+def test_an_adapter_for_another_base_is_refused(saved):
+    with torch.random.fork_rng():
+        refuses(saved, KEY, "(3, 16)", "(3, 24)", "another base", base=llama(hidden_size=24))
+        deeper = llama(num_hidden_layers=3)
+        refuses(saved, "lacks", "layers.2.self_attn.q_proj.lora_A.weight", base=deeper)
+        refuses(saved, "layers.1.self_attn", "no use", base=llama(num_hidden_layers=1))
+    refuses(saved, "target_modules has 'q_proj'", base=base_of("BERT"))
+
+
+def test_a_trained_bias_or_buffer_that_does_not_fit_is_refused(tmp_path):
+    options = LoRAConfig(r=3, target_modules=["out"], bias="lora_only", modules_to_save=["norm"])
+    save_adapter(add_lora(picture(), options), tmp_path)
+    bias, counter = f"{PREFIX}out.base_layer.bias", f"{PREFIX}norm.num_batches_tracked"
+    for key, function, says in (
+        (bias, lambda b: b[:3], "(3,)"),
+        (bias, lambda b: b * float("nan"), "NaN"),
+        (bias, lambda b: b.long(), "torch.int64"),
+        (counter, lambda n: n.float(), "torch.float32"),
+    ):
+        good = contents(tmp_path)
+        rewrite(tmp_path, change(key, function))
+        refuses(tmp_path, key, says, base=picture())
+        (tmp_path / TENSORS).write_bytes(good[TENSORS])
+    load_adapter(picture(), tmp_path)
+
+
+def test_a_layer_that_refuses_its_adapter_is_named_and_every_flag_restored(tmp_path):
+    model = nn.ModuleDict({"first": nn.Linear(7, 5), "tokens": nn.Embedding(11, 5)})
+    save_adapter(add_lora(copy.deepcopy(model), LoRAConfig(r=2, target_modules=["first", "tokens"])), tmp_path)
+    model["tokens"].max_norm = 1.0
+    refuses(tmp_path, "tokens: the embedding has max_norm", base=model)
+
+
+# paths
+
+
+def test_missing_files_are_named(saved, tmp_path):
+    refuses(tmp_path / "nowhere", str(tmp_path / "nowhere" / CONFIG), "does not exist", error=FileNotFoundError)
+    refuses(saved / CONFIG, str(saved / CONFIG / CONFIG), "does not exist", "directory", error=FileNotFoundError)
+    (saved / TENSORS).unlink()
+    refuses(saved, str(saved / TENSORS), "does not exist", error=FileNotFoundError)
+    (saved / TENSORS).mkdir()
+    refuses(saved, str(saved / TENSORS), error=IsADirectoryError)
+
+
+RAN = []
+
+
+def explode():
+    RAN.append(1)
+
+
+class Bomb:
+    def __reduce__(self):
+        return explode, ()
+
+
+def test_a_pickled_adapter_is_never_unpickled(saved):  # pitfall 26: peft#1993, CVE-2025-32434
+    (saved / TENSORS).unlink()
+    (saved / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    refuses(saved, str(saved / TENSORS), "adapter_model.bin is a pickle", "convert it in peft", error=FileNotFoundError)
+    (saved / TENSORS).write_bytes(pickle.dumps(Bomb()))
+    refuses(saved, str(saved / TENSORS))
+    (saved / CONFIG).write_bytes(pickle.dumps(Bomb()))
+    refuses(saved, str(saved / CONFIG))
+    assert not RAN
+    pickle.loads(pickle.dumps(Bomb()))  # it is armed
+    assert RAN
+
+
+def test_saving_to_a_path_that_is_a_file_or_below_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(FileExistsError, match="file"):
+        save_adapter(adapted(), tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="file"):
+        save_adapter(adapted(), tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("method", ["read_text", "read_bytes"])
+def test_a_file_that_may_not_be_read_is_named(method, saved, monkeypatch):
+    """Simulated: the superuser may read all."""
+
+    def denied(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, denied)
+    refuses(saved, str(saved), "Permission denied", error=PermissionError)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read and write all")
+def test_a_directory_without_permission_is_named(saved):
+    before = contents(saved)
+    try:
+        saved.chmod(0o500)
+        with pytest.raises(PermissionError, match=str(saved)):
+            save_adapter(adapted(bias="all"), saved)
+        assert contents(saved) == before
+        (saved / TENSORS).chmod(0)
+        refuses(saved, str(saved / TENSORS), error=PermissionError)
+    finally:
+        saved.chmod(0o700)
+        (saved / TENSORS).chmod(0o600)
+
+
+# crashes
+
+
+@pytest.mark.parametrize("which", [CONFIG, TENSORS])
+def test_a_full_disk_leaves_the_old_files_whole(which, saved, monkeypatch):
+    before, model = contents(saved), randomize(adapted(), seed=7)
+
+    def full(path, *args, **kwargs):
+        return builtins.open("/dev/full" if Path(path).name == which else path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    unchanged = state(model)
+    with pytest.raises(OSError) as failure:
+        save_adapter(model, saved)
+    assert failure.value.errno == errno.ENOSPC
+    same(unchanged, state(model))
+    assert contents(saved) == before and len(list(saved.iterdir())) == 2
+    assert torch.equal(logits(load_adapter(base_of(), saved).eval(), TEXT), logits(adapted(), TEXT))
+    monkeypatch.undo()
+    save_adapter(model, saved)
+    assert torch.equal(logits(load_adapter(base_of(), saved).eval(), TEXT), logits(model, TEXT))
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_failed_rename_leaves_whole_files(done, saved, monkeypatch):
+    """With `done` = 1 the tensors are the new ones and the configuration the old: here they are the same."""
+    model, replaced = randomize(adapted(), seed=7), []
+
+    def replace(source, target):
+        if len(replaced) == done:
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        replaced.append(Path(target).name)
+        os.rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_adapter(model, saved)
+    truth = model if done else adapted()
+    assert torch.equal(logits(load_adapter(base_of(), saved).eval(), TEXT), logits(truth, TEXT))
+    assert len(list(saved.iterdir())) == 2
+
+
+def save_forever(model, directory):
+    while True:
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                for factor in lora_parameters(model).values():
+                    factor.fill_(value)
+            save_adapter(model, directory)
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path)
+    context, found = multiprocessing.get_context("fork"), set()
+    before = {key: value.clone() for key, value in tensors_in(tmp_path).items()}
+    for attempt in range(12):
+        process = context.Process(target=save_forever, args=(model, tmp_path))
+        process.start()
+        deadline = time.monotonic() + 10
+        while torch.equal(tensors_in(tmp_path)[KEY], before[KEY]) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.0007 * attempt)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        read = load_adapter(base_of(), tmp_path)
+        values = {value for factor in lora_parameters(read).values() for value in factor.unique().tolist()}
+        assert len(values) == 1 and values < {1.0, 2.0}, values
+        found |= values
+    save_adapter(adapted(), tmp_path)
+    assert torch.equal(logits(load_adapter(base_of(), tmp_path).eval(), TEXT), logits(adapted(), TEXT))
+
+
+# models that are not for it
+
+
+def test_an_adapter_is_loaded_once(saved):
+    model = load_adapter(base_of(), saved)
+    refuses(saved, "LlamaForCausalLM is adapted already", base=model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(lora_parameters(model))
+
+
+def test_what_holds_no_numbers_takes_no_adapter(saved, refused):
+    with torch.device("meta"):
+        refuses_meta = llama()
+    refused(lambda: load_adapter(refuses_meta, saved), "meta device", "LlamaForCausalLM")
+    assert not hasattr(refuses_meta, "lora_plan")
+    refused(lambda: load_adapter("model", saved), "torch.nn.Module", "str")
