@@ -472,6 +472,14 @@ def test_beside_x_and_the_parameters_at_most_N_r_numbers_and_a_mask_are_kept(lea
     assert sum(t.numel() for t in masks) == (N * 7 if p else 0)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_a_large_16_bit_x_is_not_cast_up(dtype):
+    """Seen from H, which is kept in the dtype of the products."""
+    N = SMALL // 7 + 1
+    parts = problem(N, dtype=dtype, factors=F32)
+    assert [t.dtype for t in held(lambda: lora_linear(*parts.values(), S)) if t.shape == (N, 3)] == [dtype]
+
+
 def test_two_layers_that_share_x_keep_it_once():
     q, v = problem(2, 50, seed=0), problem(2, 50, seed=1)
     v["x"] = q["x"]

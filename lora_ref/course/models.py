@@ -1,7 +1,8 @@
-"""The digit classifier, and the same with a low-rank update."""
+"""The digit classifier, the same with LoRA or with a low-rank update spelt out, and the shipped language model."""
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -110,3 +111,27 @@ def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """The share of right answers: logits (…, N, classes), y (N,) or (…, N) → (…)."""
     return (logits.argmax(-1) == y).double().mean(-1)
+
+
+def language_model(directory: str | Path | None = None):
+    """The course's pretrained Llama and its tokeniser: (model in float32 and eval mode, tokenizer). No network.
+
+    Without a directory, the one that ships with the package (see its card, assets/prose_llama/README.md). Any
+    directory that transformers' save_pretrained wrote will do. Errors: FileNotFoundError when there is none.
+    """
+    directory = Path(__file__).parent / "assets" / "prose_llama" if directory is None else Path(directory)
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(
+            f"{directory} holds no model; python -m lora_ref.course.pretrain makes the course's own"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval(), AutoTokenizer.from_pretrained(directory)
