@@ -106,7 +106,8 @@ not to be relied on. Licence of the weights: Apache-2.0, as the project.
 
 ## Data
 
-The running text in the docstrings of these packages, each under its own licence; the weights hold no copy of them.
+The running text in the docstrings of these packages, each under its own licence. The texts are read from the installed
+packages; they are not shipped here.
 
 | package | version | licence |
 |---|---|---|
@@ -132,7 +133,7 @@ Held-out bits per byte: **{record["bits_per_byte"]:.3f}** (uniform over tokens: 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lora_ref.course.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ASSETS, help="directory (default: the package's own assets)")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
