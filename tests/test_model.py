@@ -421,6 +421,12 @@ def test_layers_inside_a_module_to_save_get_no_adapter():
     assert lora_layers(model).keys() == peft_layers(peft_of(base_of("RoBERTa"), **options)).keys()
 
 
+def test_a_module_to_save_spares_others_whose_names_it_begins():
+    model = nn.ModuleDict({name: nn.Linear(7, 5) for name in ("head", "header", "sub")})
+    add_lora(model, LoRAConfig(r=2, target_modules="all-linear", modules_to_save=["head"]))
+    assert list(lora_layers(model)) == ["header", "sub"] and model["head"].weight.requires_grad
+
+
 # counting
 
 
@@ -831,6 +837,7 @@ LLAMA_REFUSALS = {  # pitfalls 12, 13: peft#1959, #3658, #3582
         {"rank_pattern": {"q_proj": 2, "k_proj": 2}},
         ["rank_pattern key 'k_proj'", "layers.0.self_attn.q_"],
     ),
+    "pattern of a beginning": ({"rank_pattern": {"layers.0": 2}}, ["rank_pattern key 'layers.0'", "no adapted layer"]),
     "alpha_pattern": ({"alpha_pattern": {"proj": 2}}, ["alpha_pattern key 'proj'", "no adapted layer"]),
     "pattern no regex": ({"rank_pattern": {"[": 2}}, ["rank_pattern key '['", "no regular expression"]),
     "pattern flags inside": ({"alpha_pattern": {"(?i)Q_PROJ": 2}}, ["'(?i)Q_PROJ'", "no regular expression"]),
