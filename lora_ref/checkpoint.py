@@ -43,8 +43,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the model's adapter to `directory`, made if need be: factors, trained biases, modules trained in full.
 
     Both files are written beside and renamed into place: whatever happens, what was there stays whole until then.
-    Merged or not makes no difference. Errors: ValueError for a model without adapter, a start that a reader
-    cannot replay ("lora_ga"), or numbers that are not finite; OSError as the system gives it. Nothing changed.
+    Merged, compiled or not makes no difference. Errors: ValueError for a model without adapter, a start that a reader
+    cannot replay ("lora_ga", add_lora's `starts` with another base, "pissa" but in linear layers), or numbers that
+    are not finite; OSError as the system gives it. Nothing changed.
     """
     model = uncompiled(model)
     plan = _plan(model)
@@ -91,7 +92,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     """Adapt a plain model as the files in `directory` say, in place, and return it.
 
     With trainable = False everything is frozen, for inference. The files are read and checked against the model
-    before anything in it changes. A start that peft replays on the base ("pissa") is replayed.
+    before anything in it changes. A start that peft replays on the base ("pissa") is replayed. Factors keep the file's
+    dtype, biases and modules trained in full the model's.
 
     Errors, the model unchanged: FileNotFoundError for a missing file (a pickled adapter_model.bin is not read);
     ValueError, with the name, for a truncated or foreign file, a configuration that enables what is not

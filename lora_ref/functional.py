@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 1 << 15  # a 16-bit X of at most so many numbers is cast up, and not kept, for the products with A and B:
-# on a CPU each 16-bit product costs 12 µs before it begins, more than the cast
+SMALL = 1 << 15  # a 16-bit X, with Y at most so many numbers each, is cast up, and not kept, for the products with A
+# and B: on a CPU each 16-bit product costs 12 µs before it begins, more than the cast
 LANES = 1 << 16  # a dropout mask is drawn from 16-bit integers: p is rounded to a multiple of 1/LANES
 
 
@@ -60,9 +60,10 @@ def lora_linear(
 
     D is inverted dropout with probability dropout_p while `training`, else the identity; it acts on the
     adapter's x alone. x, weight and bias share a dtype; A and B keep their own, and so do their gradients:
-    they are cast to x's for the products, x not to theirs (on a CPU, a 16-bit x of at most SMALL numbers
-    is, for the moment of a product). Under autocast x, weight and bias are cast as F.linear casts them.
-    dropout_p counts in steps of 1/LANES. Any layout of x and of the gradient, and an empty batch, will do.
+    they are cast to x's for the products, x not to theirs (on a CPU a 16-bit x is, for the moment of a
+    product, where neither x nor y has more than SMALL numbers). Under autocast x, weight and bias are cast
+    as F.linear casts them. dropout_p counts in steps of 1/LANES. Any layout of x and of the gradient, and
+    an empty batch, will do.
 
     Differentiable twice. Under torch.compile and torch.func's transforms (vmap, grad, jvp …) the
     specification runs in its stead, which they transform as they know how. If A is frozen x is not kept,
@@ -167,9 +168,10 @@ def _number(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.view(torch.uint8).to(dtype)
 
 
-def _product_dtype(X: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of the products with A and B: X's, or A's where X is tiny (see SMALL)."""
-    return A.dtype if X.itemsize == 2 and X.numel() <= SMALL and X.device.type == "cpu" else X.dtype
+def _product_dtype(X: Tensor, W0: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of the products with A and B: X's, or A's where X and Y are tiny (see SMALL)."""
+    tiny = X.itemsize == 2 and len(X) * max(W0.shape) <= SMALL and X.device.type == "cpu"
+    return A.dtype if tiny else X.dtype
 
 
 def _to(M: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,7 +192,7 @@ class LoRALinearFunction(torch.autograd.Function):
             with torch.autocast(X.device.type, enabled=False):
                 return LoRALinearFunction.forward(ctx, X, W0, bias, A, B, s, p)
         need_X, need_W0, _, need_A, need_B, _, _ = ctx.needs_input_grad
-        dtype = _product_dtype(X, A)
+        dtype = _product_dtype(X, W0, A)
         a, b, dropped, mask = _to(A, dtype), _to(B, dtype), X, None
         if p:
             p = min(round(p * LANES), LANES - 1) / LANES

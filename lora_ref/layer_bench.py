@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
+from .functional import SMALL
 from .layers import LoRALinear
 from .measure import paired, peak_bytes, quartiles, saved_bytes
 
@@ -200,8 +201,14 @@ def layer_finding(rows: list[dict]) -> str:
 
 
 def memory_finding(rows: list[dict]) -> str:
-    worst = max(row["lora_ref"] / row["1+2r/(d+k)"] for row in rows if row["p"] == 0)
-    return f"Without dropout lora_ref's peak is at most {worst:.3f}× what the frozen layer, H and Z need"
+    cast_up = {id(row) for row in rows if row["dtype"] != "float32" and row["N"] * max(row["d"], row["k"]) <= SMALL}
+    whole = [row for row in rows if row["p"] == 0 and id(row) not in cast_up]
+    worst = max(row["lora_ref"] / row["1+2r/(d+k)"] for row in whole)
+    within = sum(row["lora_ref"] <= 1.05 for row in whole)
+    return (
+        f"Without dropout lora_ref's peak is ≤ 1.05× the frozen layer's in {within} of {len(whole)} cases, at most "
+        f"{worst:.2f}× what the frozen layer, H and Z need (16-bit cases of at most {SMALL:,} numbers, cast up, left out)"
+    )
 
 
 def large(row: dict) -> bool:

@@ -55,7 +55,8 @@ def add_lora(
     string, a regular expression that must match whole paths; or "all-linear", every linear layer but the output
     head. config.exclude_modules takes from these, in the same ways. rank_pattern and alpha_pattern give layers
     another r or α: the first key that matches the end of the path, from its beginning or from a dot. modules_to_save
-    are trained in full, each as a copy of its own, so that a tied weight elsewhere stays frozen. config.bias:
+    (any ending of a path, as in peft) are trained in full, each as a copy of its own, so that a tied weight
+    elsewhere stays frozen. config.bias:
     "lora_only" trains the adapted layers' biases, "all" every bias.
 
     `starts(path, W, config)` overrides how a layer begins; `generator` makes the starts reproducible. With
