@@ -47,7 +47,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     cannot replay ("lora_ga", add_lora's `starts` with another base, "pissa" but in linear layers), or numbers that
     are not finite; OSError as the system gives it. Nothing changed.
     """
-    model = uncompiled(model)
     plan = _plan(model)
     if plan.config.start == "lora_ga":
         raise ValueError(

@@ -55,9 +55,8 @@ def add_lora(
     string, a regular expression that must match whole paths; or "all-linear", every linear layer but the output
     head. config.exclude_modules takes from these, in the same ways. rank_pattern and alpha_pattern give layers
     another r or α: the first key that matches the end of the path, from its beginning or from a dot. modules_to_save
-    (any ending of a path, as in peft) are trained in full, each as a copy of its own, so that a tied weight
-    elsewhere stays frozen. config.bias:
-    "lora_only" trains the adapted layers' biases, "all" every bias.
+    (any ending of a path, as in peft) are trained in full, each as a copy of its own, so that a tied weight elsewhere
+    stays frozen. config.bias: "lora_only" trains the adapted layers' biases, "all" every bias.
 
     `starts(path, W, config)` overrides how a layer begins; `generator` makes the starts reproducible. With
     gradient checkpointing the inputs of the first layers are made to want a gradient, without which there would
@@ -109,8 +108,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def layer_kind(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for a module, None where there is none."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention takes its weight and never calls it
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return LoRAConv1D
     kinds = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}

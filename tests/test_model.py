@@ -599,6 +599,7 @@ def test_checkpointing_a_frozen_model_gives_the_same_gradients(name, reentrant, 
 def test_without_checkpointing_the_embeddings_want_no_gradient():
     """The first block would compute ∂x for nobody."""
     model, seen = adapted().train(), []
+    assert len(model.model.embed_tokens._forward_hooks) == 1
     model.model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].requires_grad))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nor is anything deprecated asked for
@@ -827,6 +828,7 @@ LLAMA_REFUSALS = {  # pitfalls 12, 13: peft#1959, #3658, #3582
     "a path": ({"target_modules": ["layers.0.mlp.upproj"]}, ["'layers.0.mlp.upproj'", "did you mean", "'up_proj'"]),
     "far off": ({"target_modules": ["zzz"]}, ["'zzz'", "there are", "'embed_tokens'", "more"]),
     "regex": ({"target_modules": r".*\.q_porj"}, ["matches no path whole", "q_porj", "did you mean", "'q_proj'"]),
+    "regex of a beginning": ({"target_modules": r"model\.layers\.0\.self_attn\.q"}, ["matches no path whole"]),
     "no regex": ({"target_modules": "("}, ["'('", "no regular expression", "unterminated"]),
     "exclude": ({"exclude_modules": ["v_porj"]}, ["exclude_modules has 'v_porj'", "did you mean", "'v_proj'"]),
     "exclude regex": ({"exclude_modules": "v_proj"}, ["exclude_modules = 'v_proj'", "no path whole"]),
