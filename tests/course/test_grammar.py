@@ -1,12 +1,12 @@
-"""course/records.py: sentences that say their record, and an error rate that notices when they do not."""
+"""course/grammar.py: sentences that say their record, and an error rate that notices when they do not."""
 
 import itertools
 import random
 
 import pytest
 
-from lora_ref.course import records
-from lora_ref.course.records import DOMAINS, Example, examples, say, slot_error_rate, slot_errors
+from lora_ref.course import grammar
+from lora_ref.course.grammar import DOMAINS, Example, examples, say, slot_error_rate, slot_errors
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -14,7 +14,7 @@ def test_no_wording_of_a_value_hides_in_one_of_another_value(domain):
     for slot, values in DOMAINS[domain].items():
         for (one, ways), (other, others) in itertools.permutations(values.items(), 2):
             for way, text in itertools.product(ways, others):
-                assert not records._stands(way.lower(), f" {text.lower()} "), (slot, one, other, way)
+                assert not grammar._stands(way.lower(), f" {text.lower()} "), (slot, one, other, way)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
