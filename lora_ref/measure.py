@@ -1,5 +1,6 @@
 """What a piece of code takes: seconds, in fair turns; multiply-adds; peak memory; what it saves for the backward."""
 
+import gc
 import os
 import statistics
 import time
@@ -94,8 +95,15 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # garbage of earlier calls, freed during this one, would count as memory that it gives back
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+    finally:
+        if collecting:
+            gc.enable()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
