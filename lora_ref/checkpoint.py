@@ -8,12 +8,15 @@ Tensors are named base_model.model.<path>.lora_A.weight (r, in) and .lora_B.weig
 r, lora_alpha and use_rslora in the configuration. Nothing is unpickled. Source: files that peft 0.21 wrote.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +30,13 @@ from .initialization import STARTS, Start
 from .layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from .model import Plan, apply_plan, build_layers, layer_kind, lora_layers, plan_lora, uncompiled
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+BESIDE, OLD = ".saving-", "old_config.json"  # where a save writes, and keeps what it takes away
 COPY = re.compile(r"\.(modules_to_save|original_module)\.")  # peft with bias="all" writes such biases a second time
 FIELDS = [field.name for field in dataclasses.fields(LoRAConfig)]
 TO_PEFT = {"kaiming": True, "random": False, "zero_a": True, "zero": True}  # the rest has the same name there
@@ -42,10 +51,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the model's adapter to `directory`, made if need be: factors, trained biases, modules trained in full.
 
-    Both files are written beside and renamed into place: whatever happens, what was there stays whole until then.
-    Merged, compiled or not makes no difference. Errors: ValueError for a model without adapter, a start that a reader
-    cannot replay ("lora_ga", add_lora's `starts` with another base, "pissa" but in linear layers), or numbers that
-    are not finite; OSError as the system gives it. Nothing changed.
+    Both files are written beside and renamed into place, and an old configuration that differs is taken away first:
+    a kill at any moment leaves the old adapter, the new one, or no configuration (load_adapter then says how to mend
+    it), and what it left behind goes with the next save. Saves to one directory take turns. Merged, compiled or not
+    makes no difference. Errors: ValueError for a model without adapter, a start that a reader cannot replay
+    ("lora_ga", add_lora's `starts` with another base, "pissa" but in linear layers), or numbers that are not finite;
+    OSError as the system gives it. Nothing changed.
     """
     plan = _plan(model)
     if plan.config.start == "lora_ga":
@@ -74,17 +85,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
+    with _saving(directory) as beside:
         for name, data in content.items():
             with open(beside / name, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            if (directory / CONFIG).read_bytes() != content[CONFIG]:
+                os.replace(directory / CONFIG, beside / OLD)
         for name in content:
             os.replace(beside / name, directory / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool = True) -> nn.Module:
@@ -96,12 +107,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
 
     Errors, the model unchanged: FileNotFoundError for a missing file (a pickled adapter_model.bin is not read);
     ValueError, with the name, for a truncated or foreign file, a configuration that enables what is not
-    implemented, targets that the model lacks, missing, unknown or misshapen tensors, and numbers that are not finite.
+    implemented, targets that the model lacks, missing, unknown or misshapen tensors, numbers that are not finite, and
+    files that were saved anew while they were read.
     """
     directory, whole = Path(directory), model
     model = uncompiled(model)
     config = read_config(directory)
     tensors = _read_tensors(directory)
+    if read_config(directory) != config:
+        raise ValueError(f"{directory} was saved anew while it was read; load it again")
     if config.modules_to_save is not None and isinstance(model, nn.Module):
         paths = [path for path, _ in model.named_modules()]
         lacking = {name for name in HEADS if not any(path.endswith(name) for path in paths)}
@@ -155,7 +169,10 @@ def read_config(directory: str | os.PathLike) -> LoRAConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} does not exist; name a directory that save_adapter or peft wrote") from None
+        mend = "name a directory that save_adapter or peft wrote"
+        if beside := _unfinished(path.parent):
+            mend = f"a save still runs, or was cut short: then move the adapter_* files of {beside} to {path.parent}"
+        raise FileNotFoundError(f"{path} does not exist; {mend}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it was cut short, or is no adapter's configuration") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
@@ -171,6 +188,57 @@ def read_config(directory: str | os.PathLike) -> LoRAConfig:
         return LoRAConfig(**known)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _saving(directory: Path) -> Iterator[Path]:
+    """A folder beside the files, to write them in. It goes at the end, unless it has what the directory now lacks.
+
+    With the lock, any other such folder is a killed save's, and goes too; without (Windows, NFS), those stay.
+    """
+    lock = _lock(directory)
+    try:
+        beside = Path(tempfile.mkdtemp(prefix=f"{BESIDE}{time.time_ns()}-", dir=directory))
+        try:
+            yield beside
+        finally:
+            if os.path.lexists(beside / OLD) and os.path.exists(beside / TENSORS):  # the old tensors are in place
+                os.replace(beside / OLD, directory / CONFIG)
+            if _unfinished(directory) != beside:
+                shutil.rmtree(beside, ignore_errors=True)
+        for left in directory.glob(f"{BESIDE}*") if lock is not None else ():
+            shutil.rmtree(left, ignore_errors=True)
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open too
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """The directory, open, with a lock that ends with this process; None where directories take none."""
+    if fcntl is None:
+        return None
+    file = None
+    try:
+        file = os.open(directory, os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+    except OSError:
+        if file is not None:
+            os.close(file)
+        return None
+
+
+def _unfinished(directory: Path) -> Path | None:
+    """The folder of a save that took the configuration away and did not bring the new one, if there is one."""
+    if os.path.exists(directory / CONFIG):
+        return None
+    cut = [
+        beside
+        for beside in directory.glob(BESIDE + "*")
+        if os.path.exists(beside / CONFIG) and (os.path.lexists(beside / OLD) or not os.path.exists(beside / TENSORS))
+    ]
+    return max(cut, default=None)  # their names begin with the time
 
 
 def _plan(model: nn.Module) -> Plan:

@@ -4,10 +4,13 @@ import builtins
 import copy
 import errno
 import fractions
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -918,6 +921,13 @@ def test_both_files_are_on_the_disk_before_either_takes_its_place(saved, monkeyp
     assert calls == ["fsync", "fsync", "replace", "replace"]
 
 
+def in_process(call):
+    """A forked process that runs it; it ends with this one at the latest."""
+    process = multiprocessing.get_context("fork").Process(target=call, daemon=True)
+    process.start()
+    return process
+
+
 def save_forever(model, directory):
     while True:
         for value in (1.0, 2.0):
@@ -930,11 +940,10 @@ def save_forever(model, directory):
 def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
     model = adapted()
     save_adapter(model, tmp_path)
-    context, interrupted = multiprocessing.get_context("fork"), 0
+    interrupted = 0
     for attempt in range(15):
         before = (tmp_path / CONFIG).stat().st_mtime_ns
-        process = context.Process(target=save_forever, args=(model, tmp_path))
-        process.start()
+        process = in_process(lambda: save_forever(model, tmp_path))
         deadline = time.monotonic() + 20
         while (tmp_path / CONFIG).stat().st_mtime_ns == before and time.monotonic() < deadline:
             time.sleep(0.0005)
@@ -948,7 +957,218 @@ def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
         interrupted += any(path.is_dir() for path in tmp_path.iterdir())
     assert interrupted  # what it was writing beside is still there, and does no harm
     save_adapter(adapted(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
     assert torch.equal(logits(load_adapter(base_of(), tmp_path).eval(), TEXT), logits(adapted(), TEXT))
+
+
+def killed(call, at):
+    """Run it in a process that is killed at the at-th of its steps on the disk; False if it ended before."""
+    steps = itertools.count(1)
+
+    def stepping(function):
+        def step(*args, **kwargs):
+            if next(steps) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return step
+
+    def run():
+        for module, name in ((checkpoint.tempfile, "mkdtemp"), (shutil, "rmtree")):
+            setattr(module, name, stepping(getattr(module, name)))
+        for name in ("fsync", "replace", "unlink", "rmdir"):
+            setattr(os, name, stepping(getattr(os, name)))
+        call()
+
+    process = in_process(run)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def small(value, **options):
+    """An adapter all of whose factors' entries have this value."""
+    model = add_lora(plain(), LoRAConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["0", "1"]} | options))
+    with torch.no_grad():
+        for factor in lora_parameters(model).values():
+            factor.fill_(value)
+    return model
+
+
+def plain():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 4))
+
+
+def found(directory):
+    """What there is: the (value, scale) of each layer."""
+    layers = lora_layers(load_adapter(plain(), directory)).values()
+    assert all(layer.lora_A.unique().tolist() == layer.lora_B.unique().tolist() for layer in layers)
+    return [(layer.lora_A[0, 0].item(), layer.scale) for layer in layers]
+
+
+def mended(directory, message):
+    """The directory after what the message says, which is to move files out of the folder that it names."""
+    (beside,) = [path for path in directory.iterdir() if f"adapter_* files of {path} to {directory}" in message]
+    for path in beside.glob("adapter_*"):
+        path.rename(directory / path.name)
+    return directory
+
+
+# of the same shapes: only the configuration tells them apart
+OTHERS = [
+    {"lora_alpha": 3},
+    {"use_rslora": True},
+    {"alpha_pattern": {"1": 5}},
+    {"r": 2, "rank_pattern": {"[01]": 4}, "use_rslora": True, "lora_alpha": 2},
+    {"init_lora_weights": "pissa"},
+]
+
+
+@pytest.mark.parametrize("options", [{}, *OTHERS], ids=str)
+def test_a_kill_at_any_moment_leaves_the_old_the_new_or_no_configuration_never_a_mixture(options, tmp_path):
+    """Two adapters whose tensors fit each other's configuration: with the wrong one they would load, and be wrong."""
+    old, new = small(1.0), small(2.0, **options)
+    pairs = {}
+    for name, model in (("old", old), ("new", new)):
+        save_adapter(model, tmp_path / name)
+        pairs[name] = contents(tmp_path / name)
+    x, seen = torch.ones(1, 7), []
+    for at in range(1, 100):
+        directory = tmp_path / str(at)
+        save_adapter(old, directory)
+        if not killed(lambda: save_adapter(new, directory), at):
+            break
+        try:
+            load_adapter(plain(), directory)
+        except FileNotFoundError as refusal:
+            with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+                peft_load(plain(), directory)
+            assert f"{directory / CONFIG} does not exist; a save still runs, or was cut short" in str(refusal)
+            mended(directory, str(refusal))
+            assert contents(directory) == pairs["new"]
+            seen.append("mended")
+        else:
+            assert contents(directory) in pairs.values()
+            seen.append("new" if contents(directory) == pairs["new"] else "old")
+        truth = old if seen[-1] == "old" else new
+        for read in (load_adapter(plain(), directory), peft_load(plain(), directory)):
+            torch.testing.assert_close(read(x), truth(x))
+        save_adapter(new, directory)
+        assert sorted(path.name for path in directory.iterdir()) == [CONFIG, TENSORS]
+    assert [state for state, _ in itertools.groupby(seen)] == (["old", "mended", "new"] if options else ["old", "new"])
+    assert len(seen) == 7 + 2 * bool(options)
+
+
+def test_a_kill_during_the_first_save_is_mended_too_and_one_after_the_other(tmp_path):
+    """Of saves cut short, the folder of the one whose tensors are in place is named."""
+    for value in (1.0, 2.0):
+        assert killed(lambda: save_adapter(small(value, lora_alpha=value), tmp_path), at=5)
+        assert contents(tmp_path).keys() == {TENSORS}
+    assert killed(lambda: save_adapter(small(3.0), tmp_path), at=4)
+    with pytest.raises(FileNotFoundError, match="cut short") as refusal:
+        found(tmp_path)
+    assert found(mended(tmp_path, str(refusal.value))) == [(2.0, 0.5)] * 2
+    assert killed(lambda: save_adapter(small(3.0), tmp_path / "first"), at=2)
+    refuses(tmp_path / "first", "name a directory", error=FileNotFoundError, base=plain())  # nothing is in place
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_a_failed_rename_between_adapters_of_two_scales_loses_neither(done, tmp_path, monkeypatch):
+    save_adapter(small(1.0), tmp_path)
+    before, count, replace = contents(tmp_path), itertools.count(), os.replace
+
+    def failing(source, target):
+        if next(count) == done:
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_adapter(small(2.0, lora_alpha=3), tmp_path)
+    monkeypatch.undo()
+    if done < 2:
+        assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
+    else:
+        with pytest.raises(FileNotFoundError, match="cut short") as refusal:
+            found(tmp_path)
+        assert found(mended(tmp_path, str(refusal.value))) == [(2.0, 0.75)] * 2
+
+
+def test_a_scale_edited_by_hand_counts(tmp_path):
+    save_adapter(small(1.0), tmp_path)
+    rewrite(tmp_path, lora_alpha=16, alpha_pattern={"1": 2})
+    assert found(tmp_path) == [(1.0, 4.0), (1.0, 0.5)]
+    assert [layer.scaling["default"] for layer in peft_layers(peft_load(plain(), tmp_path)).values()] == [4.0, 0.5]
+
+
+def test_saves_to_one_directory_take_turns_and_nobody_removes_what_a_living_one_writes(tmp_path):
+    reads, writes = os.pipe()
+
+    def stuck():
+        checkpoint.os.fsync = lambda file: (os.write(writes, b"."), time.sleep(60))
+        save_adapter(small(1.0), tmp_path)
+
+    first = in_process(stuck)
+    assert os.read(reads, 1) == b"."
+    (beside,) = tmp_path.iterdir()
+    second = in_process(lambda: save_adapter(small(2.0), tmp_path))
+    second.join(0.5)
+    assert second.is_alive() and list(tmp_path.iterdir()) == [beside]
+    assert (beside / TENSORS).exists()
+    first.kill()
+    first.join()
+    second.join(20)
+    assert second.exitcode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert found(tmp_path) == [(2.0, 2.0)] * 2
+    os.close(reads)
+    os.close(writes)
+
+
+def test_a_process_forked_during_a_save_does_not_keep_the_next_one_waiting(tmp_path, monkeypatch):
+    forked = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: forked.append(in_process(lambda: time.sleep(60))))
+    save_adapter(small(1.0), tmp_path)
+    monkeypatch.undo()
+    second = in_process(lambda: save_adapter(small(2.0), tmp_path))
+    second.join(20)
+    for process in (second, *forked):
+        process.kill()
+    assert second.exitcode == 0 and len(forked) == 2
+    assert found(tmp_path) == [(2.0, 2.0)] * 2
+
+
+@pytest.mark.parametrize("how", ["no fcntl", "no lock", "no right to read"])
+def test_without_locks_adapters_are_saved_and_what_others_write_is_left_alone(how, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    if how == "no fcntl":
+        monkeypatch.setattr(checkpoint, "fcntl", None)
+    else:
+        monkeypatch.setattr(*((checkpoint.fcntl, "flock") if how == "no lock" else (checkpoint.os, "open")), refuse)
+    if how == "no right to read":  # mkdtemp and rmtree open nothing here
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: os.rmdir(path))
+    killed(lambda: save_adapter(small(1.0), tmp_path), at=4)
+    (beside,) = tmp_path.iterdir()
+    save_adapter(small(2.0), tmp_path)
+    assert (beside / TENSORS).exists() and found(tmp_path) == [(2.0, 2.0)] * 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_are_not_mixed_when_they_are_saved_anew_while_they_are_read(tmp_path, monkeypatch):
+    save_adapter(small(1.0), tmp_path)
+    read = checkpoint._read_tensors
+    for model, says in ((small(2.0), None), (small(3.0, lora_alpha=3), "saved anew while it was read; load it again")):
+        monkeypatch.setattr(checkpoint, "_read_tensors", lambda path: (save_adapter(model, path), read(path))[1])
+        if says:
+            refuses(tmp_path, str(tmp_path), says, base=plain())
+        else:
+            assert found(tmp_path) == [(2.0, 2.0)] * 2
+    monkeypatch.undo()
+    assert found(tmp_path) == [(3.0, 0.75)] * 2
 
 
 # models that are not for it

@@ -9,6 +9,7 @@ Examples come from `grammar` (or, in the same form, from the E2E data). `encode`
 
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,10 @@ def encode(tokenizer, examples: Sequence[Example], longest: int | None = None) -
     """One row for each text of each example: the prompt's tokens, the text's, the end's.
 
     Prompt and text are tokenised apart, so that a prompt has the same tokens in training and in writing.
-    Errors: ValueError for no examples, a tokeniser without an end token, a row of more than `longest` tokens.
+    Errors: ValueError for no text at all, a tokeniser without an end token, a row of more than `longest` tokens.
     """
-    if not examples:
-        raise ValueError("there are no examples; pass at least one")
+    if not any(example.texts for example in examples):
+        raise ValueError("there are no examples with a text; pass at least one")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokeniser has no end token, and a text could not end; set tokenizer.eos_token")
     prompts = tokenizer([prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
@@ -67,7 +68,10 @@ def batch(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     """Rows padded on the right to one length: input_ids, attention_mask and labels, each (rows, length), int64.
 
     Labels are the ids of the texts; the prompts and the padding are IGNORED. `pad` is the id to fill with.
+    Errors: ValueError for no rows.
     """
+    if not rows:
+        raise ValueError("there are no rows; pass at least one")
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
@@ -116,7 +120,13 @@ def _total_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, in
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: Sequence[Row], pad: int, size: int = 32) -> float:
-    """`text_loss` over all rows, `size` at a time, each token counting once; the model as it is (set eval mode)."""
+    """`text_loss` over all rows, `size` at a time, each token counting once; the model as it is (set eval mode).
+
+    Errors: ValueError for no rows, size < 1.
+    """
+    size = check_integer(size, "size", 1)
+    if not rows:
+        raise ValueError("there are no rows; pass at least one")
     ordered, total, count = sorted(rows, key=lambda row: len(row.ids)), 0.0, 0
     for i in range(0, len(ordered), size):
         value, tokens = _total_loss(model, batch(ordered[i : i + size], pad))
@@ -128,8 +138,13 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row], pad: int, size: int = 3
 def write(model: nn.Module, tokenizer, examples: Sequence[Example], size: int = 32, tokens: int = 96) -> list[str]:
     """What the model writes for each record: the likeliest token each time, until the end or `tokens` tokens.
 
-    Prompts of a batch are padded on the left, so that all of them end where the writing begins.
+    Prompts of a batch are padded on the left, so that all of them end where the writing begins. The end is the
+    tokeniser's, as in training, and nothing is penalised, whatever the model's own generation settings say.
+    Errors: ValueError for no examples, size < 1, tokens < 1.
     """
+    size, tokens = check_integer(size, "size", 1), check_integer(tokens, "tokens", 1)
+    if not examples:
+        raise ValueError("there are no examples; pass at least one")
     prompts = tokenizer([prompt(e) for e in examples], add_special_tokens=False)["input_ids"]
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     device, pad = next(model.parameters()).device, tokenizer.eos_token_id
@@ -138,11 +153,10 @@ def write(model: nn.Module, tokenizer, examples: Sequence[Example], size: int = 
         length = len(prompts[chosen[-1]])
         ids = torch.tensor([[pad] * (length - len(prompts[j])) + prompts[j] for j in chosen], device=device)
         mask = torch.tensor([[0] * (length - len(prompts[j])) + [1] * len(prompts[j]) for j in chosen], device=device)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=pad
-        )
-        for j, row in zip(chosen, out[:, length:]):
-            texts[j] = tokenizer.decode(row, skip_special_tokens=True).strip()
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": pad}
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **greedy)
+        for j, row in zip(chosen, out[:, length:].tolist()):
+            texts[j] = tokenizer.decode([*takewhile(lambda i: i != pad, row)], skip_special_tokens=True).strip()
     return texts
 
 
@@ -161,11 +175,13 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def scores(model: nn.Module, tokenizer, examples: Sequence[Example]) -> Scores:
-    """The task's three measures on held-out examples, whose texts are the references."""
-    training, pad = model.training, tokenizer.eos_token_id
+    """The task's three measures on held-out examples, whose texts are the references; in eval mode, then as before."""
+    training, rows = model.training, encode(tokenizer, examples)
     model.eval()
-    loss = held_out_loss(model, encode(tokenizer, examples), pad)
-    texts = write(model, tokenizer, examples)
-    model.train(training)
+    try:
+        loss = held_out_loss(model, rows, tokenizer.eos_token_id)
+        texts = write(model, tokenizer, examples)
+    finally:
+        model.train(training)
     found = bleu(texts, [example.texts for example in examples])
     return Scores(loss, found, slot_error_rate(list(zip(examples, texts))), texts)

@@ -10,18 +10,22 @@ import argparse
 import copy
 import json
 import math
+import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..model import add_lora, merge
+from .anatomy import mean, measures, overlap, updates
 from .data_to_text import Row, batches, encode, held_out_loss, scores, text_loss
 from .grammar import Example, examples
 from .models import language_model, trainable
@@ -34,6 +38,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 MLP = ALL[4:]
 TRAIN, VALIDATION, TEST = 2000, 100, 200  # examples of a domain, all with distinct records
 SEEDS = (0, 1, 2)
+RECORD = Path(__file__).parent / "assets" / "sweep" / "record.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Arm:
     n: int = TRAIN
     domain: str = "restaurants"
     start: str = "prose_llama"  # or "random", or an arm, whose weights of the same seed are where this one begins
+    trains: str = ""  # without an adapter: only the parameters whose names match this regular expression
     report: bool = False  # also what it forgets along the way, texts, BLEU and slot errors; and keep the weights
 
 
@@ -63,7 +69,6 @@ def per_layer(ranks: dict[str, int]) -> dict:
 
 LORA, FULL = 8e-3, 1e-3  # where the search for a rate begins
 ATTENTION, FEED = r"self_attn\.\w+", r"mlp\.\w+"
-EARLY, LATE = r"layers\.[01]\..*", r"layers\.[23]\..*"
 ARMS = [  # a budget is that of r = 8 on all linear layers: 116,736 numbers, met within 3 %
     *(Arm("rank", f"r = {r}", lora(r), LORA) for r in (8, 1, 64, 16, 2, 4, 32)),
     Arm("rank", "full", None, FULL),
@@ -85,8 +90,8 @@ ARMS = [  # a budget is that of r = 8 on all linear layers: 116,736 numbers, met
       for size in (32, 2) for name, adapter, rate in (("full", None, FULL), ("r = 8", lora(8), LORA))),
     Arm("layers", "more in attention", per_layer({ATTENTION: 16, FEED: 2}), LORA),
     Arm("layers", "more in the MLP", per_layer({ATTENTION: 2, FEED: 12}), LORA),
-    Arm("layers", "more in early layers", per_layer({EARLY: 14, LATE: 2}), LORA),
-    Arm("layers", "more in late layers", per_layer({EARLY: 2, LATE: 14}), LORA),
+    Arm("rank", "full, linear layers only", None, FULL, trains=r".*_proj\.weight"),
+    Arm("few examples", "from scratch", None, 4e-3, n=50, start="random"),
 ]  # fmt: skip
 
 
@@ -114,25 +119,40 @@ def prose_bits(model: nn.Module, tokenizer) -> float:
     return bits_per_byte(model, encode_prose(tokenizer, texts), sum(len(text.encode()) + 1 for text in texts))
 
 
-def begin(arm: Arm, seed: int, directory: Path) -> tuple[nn.Module, object]:
-    """The model as the arm begins, adapted if it is to be, and the tokeniser."""
+def begin(arm: Arm, seed: int, directory: Path | None = None) -> tuple[nn.Module, object]:
+    """The model as the arm begins, adapted if it is to be, and the tokeniser.
+
+    Errors: ValueError for an arm that begins with another's weights, which `directory` has not.
+    """
     model, tokenizer = language_model()
     if arm.start == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(model)(model.config)
     elif arm.start != "prose_llama":
-        source = next(a for a in ARMS if f"{a.experiment}/{a.name}" == arm.start)
-        rate = best_rate(results(directory, source))
-        model.load_state_dict(load_file(weights(directory, source, seed, rate)), strict=False)
+        source = named(*arm.start.split("/", 1))
+        runs = {} if directory is None else results(directory, source)
+        if not finished(runs):
+            raise ValueError(
+                f"{arm.experiment}/{arm.name} begins where {arm.start} ends, which has not finished in directory = "
+                f"{directory}; pass the directory of a sweep in which it has"
+            )
+        model.load_state_dict(load_file(weights(directory, source, seed, best_rate(runs))), strict=False)
         model.tie_weights()
+    if arm.trains:
+        for name, p in model.named_parameters():
+            p.requires_grad_(re.fullmatch(arm.trains, name) is not None)
     if arm.adapter is not None:
         add_lora(model, LoRAConfig(**arm.adapter), generator=torch.Generator().manual_seed(seed))
     return model, tokenizer
 
 
-def run(arm: Arm, seed: int, rate: float, directory: Path) -> dict:
-    """One training run: losses on validation and test examples in nats a token; inf where it diverged."""
+def run(arm: Arm, seed: int, rate: float, directory: Path | None = None) -> dict:
+    """One training run: losses on validation and test examples in nats a token; inf where it diverged.
+
+    `directory`, of a sweep, is where arms find other arms' weights and keep their own. Errors: as `begin`.
+    """
+    diverged = {"validation": math.inf, "test": math.inf}
     torch.manual_seed(seed)
     model, tokenizer = begin(arm, seed, directory)
     parts, pad = data(arm.domain), tokenizer.eos_token_id
@@ -161,10 +181,12 @@ def run(arm: Arm, seed: int, rate: float, directory: Path) -> dict:
             rate,
             warmup=arm.steps // 10,
             evaluate=look,
-            every=arm.steps // (15 if arm.report else 5),
+            every=max(1, arm.steps // (10 if arm.report else 5)),
         )
     except FloatingPointError:
-        return found | {"validation": math.inf, "test": math.inf}
+        return found | diverged
+    if not math.isfinite(history.evaluations[-1][1]["validation"]):  # in the last step
+        return found | diverged
     found["curve"] = [
         {"step": step} | {k: round(v, 5) for k, v in value.items()} for step, value in history.evaluations
     ]
@@ -173,9 +195,12 @@ def run(arm: Arm, seed: int, rate: float, directory: Path) -> dict:
     found["test"] = held_out_loss(model, rows["test"], pad)
     found["losses"] = [round(value, 4) for value in history.losses]
     if arm.report:
-        merged = merge(copy.deepcopy(model)) if arm.adapter else model
+        merged = copy.deepcopy(model)
+        if arm.adapter is not None:
+            merge(merged)
         judged = scores(merged, tokenizer, parts["test"][:100])
         found |= {"bleu": judged.bleu, "slot_errors": judged.slot_errors, "texts": judged.texts[:8]}
+    if arm.report and directory is not None:
         keep = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         save_file(keep, weights(directory, arm, seed, rate))
     return found | {"seconds": round(time.perf_counter() - start, 1)}
@@ -201,6 +226,11 @@ def best_rate(runs: dict[tuple[int, float], dict]) -> float:
     return min((run["validation"], rate) for (seed, rate), run in runs.items() if seed == SEEDS[0])[1]
 
 
+def finished(runs: dict[tuple[int, float], dict]) -> bool:
+    """Whether every seed has run at the best rate; `tune` ends with that."""
+    return bool(runs) and all((seed, best_rate(runs)) in runs for seed in SEEDS)
+
+
 def tune(arm: Arm, directory: Path) -> None:
     """Run the arm until its best rate on seed 0 has a worse neighbour on both sides, then the other seeds there."""
 
@@ -224,30 +254,124 @@ def tune(arm: Arm, directory: Path) -> None:
 
 
 def collect(directory: Path) -> dict:
-    """All runs by experiment and arm, each with the arm's settings, its tuned rate and its runs."""
+    """All finished arms: experiment → name → the arm's settings, its tuned rate and its runs; and what made them."""
     found = {}
     for arm in ARMS:
         runs = results(directory, arm)
-        if {seed for seed, _ in runs} >= set(SEEDS):
+        if finished(runs):
             table = {k: v for k, v in vars(arm).items() if k not in ("experiment", "name")}
-            ordered = [runs[key] for key in sorted(runs)]
+            ordered = [{k: None if v == math.inf else v for k, v in runs[key].items()} for key in sorted(runs)]
             found.setdefault(arm.experiment, {})[arm.name] = table | {"best_rate": best_rate(runs), "runs": ordered}
-    return found
+    anatomy = {
+        arm.name: anatomies(arm, directory) for arm in ARMS if arm.name in found.get(arm.experiment, {}) and arm.report
+    }
+    made = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    made |= {"device": "CPU, one thread a run", "processor": processor(), "seeds": SEEDS}
+    return {"made with": made, "experiments": found, "anatomy": anatomy, "overlap": overlaps(directory)}
+
+
+def updates_of(arm: Arm, seed: int, directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path → (W0, ΔW) of the arm's run at its best rate, from the weights that it kept."""
+    model, _ = begin(arm, seed, directory)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = load_file(weights(directory, arm, seed, best_rate(results(directory, arm))))
+    model.load_state_dict(kept, strict=False)
+    model.tie_weights()
+    return updates(before, model)
+
+
+def anatomies(arm: Arm, directory: Path) -> list[dict[str, float]]:
+    """For each seed the mean over the matrices of what `anatomy.measures` says of an update."""
+    return [mean({path: measures(*pair) for path, pair in updates_of(arm, seed, directory).items()}) for seed in SEEDS]
+
+
+def overlaps(directory: Path) -> dict[str, list[dict[str, float]]]:
+    """How like each other the updates of two runs are, mean over the matrices, by pair of runs; none unfinished."""
+    arms = [named("tasks", name) for name in ("full", "r = 8")]
+    if not all(finished(results(directory, arm)) for arm in arms):
+        return {}
+    full, low = ([updates_of(arm, seed, directory) for seed in SEEDS] for arm in arms)
+
+    def pair(one, other):
+        return mean({path: overlap(one[path][1], other[path][1]) for path in one})
+
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    return {
+        "full, two seeds": [pair(full[i], full[j]) for i, j in pairs],
+        "r = 8, two seeds": [pair(low[i], low[j]) for i, j in pairs],
+        "full and r = 8": [pair(full[i], low[i]) for i in SEEDS],
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def shipped(part: str = "experiments") -> dict:
+    """A part of the record that ships with the course.
+
+    "experiments": experiment → arm → settings, best_rate, runs; "anatomy" and "overlap": what `anatomies` and
+    `overlaps` give; "made with": versions, processor, seeds. Errors: FileNotFoundError when it is not there.
+    """
+    if not RECORD.exists():
+        raise FileNotFoundError(
+            f"{RECORD} is not there; python -m lora_ref.course.sweep --output DIR makes the runs (hours), and then "
+            "--output DIR --collect FILE the record"
+        )
+    return json.loads(RECORD.read_text())[part]
+
+
+def tuned(arm: dict, key: str = "test") -> list:
+    """One value for each seed: what the arm's runs at its best rate measured. Errors: LookupError, as `named`."""
+    runs = [run for run in arm["runs"] if run["rate"] == arm["best_rate"]]
+    if not all(key in run for run in runs):
+        raise LookupError(f"the runs did not measure {key!r}; they have {', '.join(map(repr, runs[0]))}")
+    return [run[key] for run in runs]
+
+
+def named(experiment: str, name: str) -> Arm:
+    """The arm of this name. Errors: LookupError, with the names that there are."""
+    for arm in ARMS:
+        if (arm.experiment, arm.name) == (experiment, name):
+            return arm
+    known = ", ".join(repr(arm.name) for arm in ARMS if arm.experiment == experiment)
+    raise LookupError(f"no arm {name!r} in {experiment!r}; it has {known or 'none: there is no such experiment'}")
+
+
+def share(text: str) -> tuple[int, int]:
+    """The two numbers of --part i/n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; pass i/n with 0 <= i < n, such as 0/2 and 1/2")
+    return int(match[1]), int(match[2])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_ref.course.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th arm, from the i-th on")
-    parser.add_argument("--collect", type=Path, help="write all runs there as one record, and run nothing")
+    parser.add_argument("--part", type=share, default="0/1", help="i/n: every n-th arm, from the i-th on (from 0)")
+    parser.add_argument("--collect", type=Path, help="write all finished arms there as one record, and run nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    file = next((path for path in (args.output, *args.output.parents) if path.is_file()), None)
+    if file is not None:
+        parser.error(f"--output {args.output}: {file} is a file; name a directory")
+    if args.collect:
+        if args.collect.is_dir() or not args.collect.absolute().parent.is_dir():
+            parser.error(f"--collect {args.collect} cannot be written; name a file in a directory that exists")
+        record = collect(args.output)
+        if not record["experiments"]:
+            parser.error(f"--output {args.output} has no finished arm to collect; run the sweep there first")
+        beside = args.collect.with_name(args.collect.name + ".part")
+        beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        beside.replace(args.collect)
+        return 0
     (args.output / "runs").mkdir(parents=True, exist_ok=True)
     (args.output / "weights").mkdir(exist_ok=True)
-    if args.collect:
-        args.collect.write_text(json.dumps(collect(args.output), indent=1) + "\n")
-        return 0
-    i, n = map(int, args.part.split("/"))
+    i, n = args.part
     for arm in ARMS[i::n]:
         tune(arm, args.output)
     return 0
