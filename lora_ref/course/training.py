@@ -4,21 +4,28 @@ Runs that differ in seed, learning rate or start are stacked along the first axe
 one batched computation. The runs share nothing: the gradient of the summed loss is each run's own.
 """
 
-import math
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from tqdm import tqdm
 
 from .._checks import check_integer
+from .loop import History, train
 from .models import accuracy
+
+__all__ = [
+    "Fit",
+    "History",
+    "batch_indices",
+    "cross_entropy_many",
+    "fit",
+    "one_thread",
+    "train",
+    "train_many",
+]
 
 
 @contextmanager
@@ -198,127 +205,3 @@ def fit(
 
     trained, curve = train_many(loss, start, torch.tensor(rates).repeat(len(models), 1), steps, optimizer)
     return Fit(models[0], trained, fixed, list(rates), curve)
-
-
-@dataclass
-class History:
-    """What `train` did: the loss of every step (nats), and what `evaluate` returned, as (steps done, value)."""
-
-    losses: list[float]
-    evaluations: list[tuple[int, object]]
-    seconds: float = 0.0
-    resumed_at: int = 0
-
-
-def train(
-    model: nn.Module,
-    loss: Callable[[nn.Module, int], Tensor],
-    steps: int,
-    rate: float,
-    *,
-    groups: list[dict] | None = None,
-    warmup: int = 0,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    clip: float | None = 1.0,
-    evaluate: Callable[[nn.Module], object] | None = None,
-    every: int = 100,
-    checkpoint: str | Path | None = None,
-    tokens: int = 0,
-    progress: bool = False,
-) -> History:
-    """Train what requires a gradient in one model, by AdamW, with everything that a long run needs.
-
-        rate_t = rate · min(1, (t+1)/warmup) · (steps − t)/(steps − warmup) after the warm-up
-
-    `loss(model, t)` is the scalar loss of step t; what it draws must depend on t and torch's global generator
-    alone. `groups` are AdamW's, {"params", "rate" (a multiple of `rate`), "weight_decay"}; without them one
-    group of all. The gradient's global norm is clipped at `clip`. Before the first step, after the last and
-    every `every` steps `evaluate(model)` is recorded (in eval mode, without gradients), and `checkpoint`, a
-    file, is written: beside, then renamed, so that a crash leaves the old one whole. If the file is there, the
-    run goes on from it, and on a CPU ends bit for bit as if it had never stopped. It holds what is trained,
-    not what is frozen. `tokens` a step and `progress` are for the bar.
-
-    Errors: ValueError for nothing to train, steps or every < 1, a rate that is not positive, a checkpoint of
-    another run; FloatingPointError, naming the step, when the loss is not finite: what was saved stays.
-    """
-    steps, every = check_integer(steps, "steps", 1), check_integer(every, "every", 1)
-    warmup = check_integer(warmup, "warmup", 0, steps - 1, f"there are {steps} steps")
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate = {rate!r} is out of range; choose a positive number, such as 1e-3")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError(f"{type(model).__name__} trains nothing; set requires_grad_(True) on what is to be trained")
-    groups = [{"params": list(trained.values())}] if groups is None else [dict(group) for group in groups]
-    ratios = [group.pop("rate", 1.0) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=weight_decay)
-    settings = {
-        "steps": steps,
-        "rate": rate,
-        "warmup": warmup,
-        "trained": {n: list(p.shape) for n, p in trained.items()},
-    }
-    history, at = History([], []), 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["settings"] != settings:
-            differ = [key for key in settings if saved["settings"].get(key) != settings[key]]
-            raise ValueError(
-                f"{checkpoint} is of another run: {', '.join(differ)} differ; remove it, or name another file"
-            )
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["model"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["generator"])
-        at = history.resumed_at = saved["step"]
-        history.losses, history.evaluations, history.seconds = saved["losses"], saved["evaluations"], saved["seconds"]
-
-    def record(t: int, start: float) -> None:
-        if evaluate is not None and (not history.evaluations or history.evaluations[-1][0] != t):
-            state = torch.get_rng_state()
-            model.eval()
-            with torch.no_grad():
-                history.evaluations.append((t, evaluate(model)))
-            model.train()
-            torch.set_rng_state(state)
-        if checkpoint is not None:
-            content = {"settings": settings, "step": t, "model": {n: p.detach() for n, p in trained.items()}}
-            content |= {"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}
-            content |= {"losses": history.losses, "evaluations": history.evaluations}
-            content["seconds"] = history.seconds + time.perf_counter() - start
-            beside = Path(f"{checkpoint}.{os.getpid()}.part")
-            torch.save(content, beside)
-            os.replace(beside, checkpoint)
-
-    bar = tqdm(total=steps, initial=at, unit="step", disable=not progress)
-    start = time.perf_counter()
-    model.train()
-    if at == 0:
-        record(0, start)
-    for t in range(at, steps):
-        factor = min(1.0, (t + 1) / warmup) if t < warmup else (steps - t) / (steps - warmup)
-        for group, ratio in zip(optimizer.param_groups, ratios):
-            group["lr"] = rate * ratio * factor
-        optimizer.zero_grad()
-        value = loss(model, t)
-        if not torch.isfinite(value):
-            bar.close()
-            raise FloatingPointError(
-                f"the loss is {value.item()} at step {t}; lower the rate ({rate:g}) or clip more (clip = {clip})"
-                + ("" if checkpoint is None else f"; {checkpoint} holds the run as it was before")
-            )
-        value.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(list(trained.values()), clip)
-        optimizer.step()
-        history.losses.append(value.item())
-        bar.update()
-        if progress and t % 10 == 9:
-            speed = tokens * (t + 1 - at) / (time.perf_counter() - start)
-            bar.set_postfix({"loss": f"{history.losses[-1]:.3f}"} | ({"tokens/s": f"{speed:,.0f}"} if tokens else {}))
-        if (t + 1) % every == 0 or t + 1 == steps:
-            record(t + 1, start)
-    bar.close()
-    history.seconds += time.perf_counter() - start
-    return history

@@ -1,0 +1,293 @@
+"""Fine-tune a language model in full and with LoRA, and compare.
+
+    python -m lora_ref.course.finetune --profile cpu-mini --output DIR
+
+The profile is a row of lora_ref.course.profiles, and every field of it an option; `accelerate launch -m
+lora_ref.course.finetune …` runs it in several processes. DIR ends with record.json (see lora_ref.course.records), the
+adapters in PEFT's format and the log. Interrupted or killed, the same command goes on where it was.
+
+For each arm (full, or a rank) the learning rate is chosen on validation examples with the first seed; where the best
+one is the smallest or the largest of those given, the list goes on in that direction. The other seeds run at that rate.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checkpoint import save_adapter
+from ..config import LoRAConfig
+from ..model import count_parameters, merge
+from . import machine
+from .arms import accelerator_for, adapted, check_model, lora_config
+from .new_base import check_packages, make_base, new_model
+from .profiles import Profile, arguments, profile
+from .records import FORMAT, load_record, write_record
+from .report import peak, shown_samples, speed, summary, table
+from .sources import load_model, load_tokenizer
+from .tasks import Task, make_task
+from .training import History, train
+from .workplace import Workplace
+
+FURTHER = 4  # rates beyond the list, at most
+
+
+def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progress: bool = True, **overrides) -> dict:
+    """Run a profile, with these fields instead of its own, into `output`; return the record.
+
+    A directory in which the same run was interrupted is gone on with; one in which it is done gives its record.
+    Errors, before anything is written: ValueError (TypeError) for an unknown profile or field, a value out of range,
+    another run's directory, data without the expected columns or rows, a tokeniser that does not fit the model, a
+    model without the targets; FileNotFoundError, ConnectionError, ImportError for what cannot be had. Later, with the
+    checkpoint kept: MemoryError, KeyboardInterrupt, FloatingPointError when all rates of an arm diverge.
+    """
+    p = profile(name, **overrides)
+    place = Workplace(output, name, asdict(p), first=int(os.environ.get("RANK", 0)) == 0)
+    if (place.directory / "record.json").exists():
+        record = load_record(place.directory / "record.json")
+        if place.first:
+            print(f"{place.directory} has this run, done:\n\n{table(record)}")
+        return record
+    return Finetuning(name, p, place, progress).run()
+
+
+class Finetuning:
+    """One run of one profile: what is checked before it, and its parts."""
+
+    def __init__(self, name: str, p: Profile, place: Workplace, progress: bool):
+        self.name, self.p, self.place, self.progress = name, p, place, progress
+        self.load = machine.load()
+        self.accelerator = accelerator_for(p)
+        self.processes = self.accelerator.num_processes
+        self.new, self.source = p.model == "new", str(place.directory / "base") if p.model == "new" else p.model
+        if p.batch % (self.processes * p.accumulate):
+            raise ValueError(
+                f"batch = {p.batch} is no multiple of {self.processes} process(es) × accumulate = {p.accumulate}; "
+                f"each must have as many examples: choose a batch such as {self.processes * p.accumulate * 4}"
+            )
+        if self.new:
+            check_packages(p)
+        self.tokenizer = load_tokenizer("prose_llama" if self.new else p.model)
+        self.task: Task = make_task(self.tokenizer, p)
+        self.task.plan(p.seeds[0])
+        model = new_model(p, "meta") if self.new else self.base(p.seeds[0])
+        check_model(model, self.tokenizer, self.task, p)
+
+    def base(self, seed: int) -> nn.Module:
+        """The base model, fresh."""
+        labels = getattr(self.task, "labels", None)
+        return load_model(self.source, self.p.task, labels, seed)
+
+    def run(self) -> dict:
+        """All of it; the record."""
+        p, place = self.p, self.place
+        self.accelerator.wait_for_everyone()  # every process has looked at the directory
+        place.begin()
+        self.accelerator.wait_for_everyone()
+        place.say(f"{self.name}: {p.model} on {p.data}, {self.accelerator.device}, {self.processes} process(es)")
+        if self.task.dropped:
+            place.say(f"{self.task.dropped} examples of more than {p.length} tokens are left out")
+        bits = make_base(p, place, self.accelerator, self.progress) if self.new else None
+        runs, diverged = [], []
+        for arm in p.arms:
+            found, lost = self.tuned(arm)
+            runs, diverged = runs + found, diverged + lost
+        record = {
+            "format": FORMAT,
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "profile": self.name,
+            "settings": asdict(p),
+            "environment": machine.environment(self.accelerator.device, self.processes, self.load),
+            "model": p.model,
+            "data": p.data,
+            "examples": self.task.counts,
+            "slot_rule": self.task.slot_rule,
+            "base_bits_per_byte": bits,
+            "runs": runs,
+            "diverged": diverged,
+            "seconds": place.seconds(),
+        }
+        if place.first:
+            write_record(record, place.directory / "record.json")
+        place.say("\n" + table(record) + "\n\n" + shown_samples(record))
+        place.say(f"\nwritten to {place.directory}: record.json, adapters/, log.txt")
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def tuned(self, arm: str) -> tuple[list[dict], list[dict]]:
+        """(the arm's runs, those that diverged): all rates with the first seed, then the best with the others."""
+        rates = sorted(self.p.full_rates if arm == "full" else self.p.lora_rates)
+        first, found, lost = self.p.seeds[0], {}, []
+
+        def attempt(seed: int, rate: float) -> float:
+            run = self.one(arm, seed, rate)
+            if "reason" in run:
+                lost.append(run)
+                return float("inf")
+            found[seed, rate] = run
+            return run["validation"]
+
+        seen = {rate: attempt(first, rate) for rate in rates}
+        for _ in range(FURTHER if len(rates) > 1 else 0):
+            best, ordered = min(seen, key=seen.get), sorted(seen)
+            if best not in (ordered[0], ordered[-1]) or seen[best] == float("inf"):
+                break
+            ratio = ordered[1] / ordered[0] if best == ordered[0] else ordered[-2] / ordered[-1]
+            seen[best / ratio] = attempt(first, best / ratio)
+        best = min(seen, key=seen.get)
+        if seen[best] == float("inf"):
+            name = "full_rates" if arm == "full" else "lora_rates"
+            raise FloatingPointError(f"{arm} diverged at every rate, {', '.join(f'{r:g}' for r in seen)}; lower {name}")
+        for seed in self.p.seeds[1:]:
+            attempt(seed, best)
+        return [run | {"chosen": rate == best} for (_, rate), run in found.items()], lost
+
+    def one(self, arm: str, seed: int, rate: float) -> dict:
+        """One training: what the record says of it. Done before, it is read; begun before, it is gone on with."""
+        name, p = f"{arm.replace('=', '')}-seed{seed}-{rate:.3g}", self.p
+        if (known := self.place.read(name)) is not None:
+            return known
+        before, texts = self.before(seed)
+        accelerator = self.accelerator = accelerator_for(p)
+        config = lora_config(arm, p, self.task)
+        model = adapted(self.base(seed), config, p, seed)
+        torch.manual_seed(1009 * seed + accelerator.process_index)
+        plan, meter = self.task.plan(seed), machine.Energy(accelerator.device)
+        try:
+            history = self.train(model, rate, plan, accelerator, name)
+        except FloatingPointError as error:
+            run = {"arm": arm, "seed": seed, "rate": rate, "reason": str(error).split(";")[0]}
+            self.place.say(f"{arm:<6} seed {seed}  rate {rate:<8.3g}  diverged: {run['reason']}")
+            self.place.write(name, run)
+            accelerator.wait_for_everyone()
+            return run
+        joules = meter.joules() if history.resumed_at == 0 and self.processes == 1 else None
+        if accelerator.distributed_type == "FSDP":
+            model = self.gathered(config, seed, name)
+        count = count_parameters(model)
+        if config is not None and p.frozen == "fp32":
+            merge(model)
+        measures, answers = self.task.judge(model.eval())
+        directory = None if config is None else f"adapters/{name}"
+        if config is not None and self.place.first:
+            save_adapter(model, self.place.directory / directory)
+        asked = self.task.asked()[: p.samples]
+        run = {
+            "arm": arm,
+            "adapter": None if config is None else asdict(config),
+            "seed": seed,
+            "rate": rate,
+            "chosen": False,
+            "parameters_trained": count.trainable,
+            "parameters": count.total,
+            **speed(history, [self.task.tokens(chosen) for chosen in plan], self.probe(plan)),
+            "peak_bytes": peak(history),
+            "energy_joules": joules,
+            "losses": history.losses,
+            "curve": [{"step": step, "loss": loss} for step, loss in history.evaluations],
+            "validation": history.evaluations[-1][1],
+            "before": before,
+            "after": measures,
+            "samples": [
+                {"input": i, "reference": r, "before": b, "after": a} for (i, r), b, a in zip(asked, texts, answers)
+            ],
+            "seconds": history.seconds,
+            "adapter_directory": directory,
+        }
+        self.place.say(f"{arm:<6} seed {seed}  rate {rate:<8.3g}  {summary(run)}")
+        self.place.write(name, run)
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        return self.place.read(name)  # the first process's, in all of them
+
+    def train(self, model: nn.Module, rate: float, plan: list[list[int]], accelerator, name: str) -> History:
+        p = self.p
+        tokens = sum(map(self.task.tokens, plan)) // len(plan)
+        try:
+            return train(
+                model,
+                self.task.loss(plan, accelerator.process_index, self.processes),
+                p.steps,
+                rate,
+                warmup=p.warmup_steps,
+                weight_decay=p.weight_decay,
+                clip=p.clip,
+                evaluate=lambda model: self.task.held_out(model, "validation"),
+                every=max(1, p.steps // p.evaluations),
+                checkpoint=self.place.checkpoint(name),
+                tokens=tokens,
+                progress=self.progress,
+                accelerator=accelerator,
+                accumulate=p.accumulate,
+                probe=self.probe(plan),
+            )
+        except MemoryError as error:
+            raise MemoryError(
+                f"{error}. The same command goes on from there with --accumulate {2 * p.accumulate} (now "
+                f"{p.accumulate}) or --checkpointing true (now {str(p.checkpointing).lower()}), which change no "
+                f"result; or begin anew, into another output, with a lower --batch ({p.batch}) or --length ({p.length})"
+            ) from None
+
+    def probe(self, plan: list[list[int]]) -> int | None:
+        """The step with the largest padded batch, the first one excepted: there its memory is measured."""
+        if self.accelerator.device.type not in ("cpu", "cuda"):
+            return None
+        rows = self.task.rows["train"]
+        return max(range(1, len(plan)), key=lambda t: len(plan[t]) * max(len(rows[i].ids) for i in plan[t]))
+
+    def before(self, seed: int) -> tuple[dict, list[str]]:
+        """What the base scores and answers. A new classifier's head depends on the seed, a language model does not."""
+        name = f"before-seed{seed}" if self.p.task == "classification" else "before"
+        known = self.place.read(name)
+        if known is None:
+            measures, texts = self.task.judge(self.prepared(self.base(seed)))
+            self.place.write(name, {"measures": measures, "texts": texts[: self.p.samples]})
+            self.accelerator.wait_for_everyone()
+            known = self.place.read(name)
+        return known["measures"], known["texts"]
+
+    def gathered(self, config: LoRAConfig | None, seed: int, name: str) -> nn.Module:
+        """The trained model whole in every process, from the checkpoint: after FSDP each has a share only."""
+        model = adapted(self.base(seed), config, self.p, seed)
+        saved = torch.load(self.place.checkpoint(name), map_location="cpu", weights_only=True)["model"]
+        model.load_state_dict(saved, strict=False)
+        return self.prepared(model)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The model where and as it is run, for evaluation alone."""
+        accelerator = accelerator_for(self.p)
+        return accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True).eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        args, overrides = arguments(argv, __doc__.splitlines()[0])
+        finetune(args.profile, args.output, progress=not args.quiet, **overrides)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, FloatingPointError) as error:
+        print(f"error: process {rank}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        if rank == 0:
+            print(f"\n{error or 'interrupted'} (the same command goes on)", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "another process of this run" not in str(error):
+            raise
+        print(f"error: process {rank}: {error}", file=sys.stderr)
+        return 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

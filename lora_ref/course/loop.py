@@ -1,0 +1,153 @@
+"""One run of one model: `train`, with what a long run needs: a schedule, checkpoints, resume, several processes.
+
+With an `accelerate.Accelerator` the same loop runs on whatever that was made for: a GPU, 16-bit arithmetic, several
+processes (DDP, FSDP). Without one it runs in this process, where the model is.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .._checks import check_integer
+from .running import History, Run
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    steps: int,
+    rate: float,
+    *,
+    groups: list[dict] | None = None,
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float | None = 1.0,
+    evaluate: Callable[[nn.Module], object] | None = None,
+    every: int = 100,
+    checkpoint: str | Path | None = None,
+    tokens: int = 0,
+    progress: bool = False,
+    accelerator=None,
+    accumulate: int = 1,
+    probe: int | None = None,
+) -> History:
+    """Train what requires a gradient in one model, by AdamW, with everything that a long run needs.
+
+        rate_t = rate · min(1, (t+1)/warmup) · (steps − t)/(steps − warmup) after the warm-up
+
+    `loss(model, t)` is the scalar loss of step t; what it draws must depend on t and torch's global generator
+    alone. `groups` are AdamW's, {"params", "rate" (a multiple of `rate`), "weight_decay"}; without them one
+    group of all. The gradient's global norm is clipped at `clip`. Before the first step, after the last and
+    every `every` steps `evaluate(model)` is recorded (in eval mode, without gradients), and `checkpoint`, a
+    file, is written: beside, then renamed, so that a crash leaves the old one whole. If the file is there, the
+    run goes on from it, and on a CPU ends bit for bit as if it had never stopped. It holds what is trained,
+    not what is frozen. `tokens` a step and `progress` are for the bar.
+
+    `accumulate` > 1 calls loss(model, t, part) for each part = 0 … accumulate − 1 and takes one step for all. With
+    several processes (`accelerator`) each calls its own. The parts of all of them ADD UP to the step's loss: a mean
+    over tokens has in each part the part's sum over the step's whole number of tokens. Evaluations run in every
+    process; process 0 alone writes and shows the bar. `probe` is the step whose memory is measured.
+
+    An interrupt (SIGINT, SIGTERM) with a `checkpoint` lets the step end, saves, and raises KeyboardInterrupt.
+
+    Errors: ValueError for nothing to train, steps or every < 1, a rate that is not positive, a checkpoint of
+    another run. FloatingPointError, naming the step, when the loss is not finite; MemoryError when memory does not
+    suffice; RuntimeError when another process has died: what was saved stays, and the message says where.
+    """
+    steps, every = check_integer(steps, "steps", 1), check_integer(every, "every", 1)
+    warmup = check_integer(warmup, "warmup", 0, steps - 1, f"there are {steps} steps")
+    accumulate = check_integer(accumulate, "accumulate", 1)
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate = {rate!r} is out of range; choose a positive number, such as 1e-3")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(f"{type(model).__name__} trains nothing; set requires_grad_(True) on what is to be trained")
+    groups = [{"params": list(trained.values())}] if groups is None else [dict(group) for group in groups]
+    ratios = [group.pop("rate", 1.0) for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=weight_decay)
+    settings = {
+        "steps": steps,
+        "rate": rate,
+        "warmup": warmup,
+        "trained": {n: list(p.shape) for n, p in trained.items()},
+    }
+    run = Run(model, loss, optimizer, settings, clip, evaluate, checkpoint, accelerator, accumulate)
+    run.resume()
+    history, at = run.history, run.done
+    bar = tqdm(total=steps, initial=at, unit="step", disable=not (progress and run.first), file=sys.stderr)
+    with run.explained(), _interrupts(checkpoint is not None) as stopped, bar:
+        model.train()
+        if at == 0:
+            run.record(0)
+        for t in range(at, steps):
+            factor = min(1.0, (t + 1) / warmup) if t < warmup else (steps - t) / (steps - warmup)
+            for group, ratio in zip(run.optimizer.param_groups, ratios):
+                group["lr"] = rate * ratio * factor
+            begin = time.perf_counter()
+            value, stop = run.measured(t, stopped) if t == probe else run.step(t, stopped)
+            history.step_seconds.append(time.perf_counter() - begin)
+            history.losses.append(value)
+            run.done = t + 1
+            bar.update()
+            if progress and run.first and t % 10 == 9:
+                bar.set_postfix(_shown(history, tokens, run.device))
+            if run.done % every == 0 or run.done == steps:
+                run.record(run.done)
+            elif stop:
+                run.save(run.done)
+            if stop:
+                raise KeyboardInterrupt(
+                    f"stopped after step {run.done} of {steps}; {checkpoint} holds the run, and the same call goes on "
+                    "from there"
+                )
+    history.seconds = run.seconds()
+    return history
+
+
+@contextmanager
+def _interrupts(armed: bool) -> Iterator[list[int]]:
+    """A list that an interrupt fills instead of raising; a second interrupt raises. Main thread only."""
+    seen: list[int] = []
+    if not armed or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame) -> None:
+        seen.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _shown(history: History, tokens: int, device: torch.device) -> dict[str, str]:
+    """What the bar says beside the steps and the time left."""
+    shown = {"loss": f"{history.losses[-1]:.3f}"}
+    if tokens:
+        recent = history.step_seconds[-10:]
+        shown["tokens/s"] = f"{tokens * len(recent) / sum(recent):,.0f}"
+    if device.type == "cuda":
+        shown["memory"] = f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    elif sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        shown["memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    return shown

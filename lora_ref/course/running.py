@@ -1,0 +1,243 @@
+"""The state of one run: the model as it is run, its optimizer, the history; one step of it, and its checkpoint."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..measure import peak_bytes
+
+
+@dataclass
+class History:
+    """What `train` did.
+
+    losses: of every step, in nats. evaluations: (steps done, what `evaluate` returned). seconds: of all, evaluations
+    included; step_seconds: of each step. memory: bytes in the step `probe`, {"peak", "weights", "gradients",
+    "optimizer"}, of this process; the peak's rest is activations and scratch tensors.
+    """
+
+    losses: list[float]
+    evaluations: list[tuple[int, object]]
+    seconds: float = 0.0
+    resumed_at: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    memory: dict[str, int] | None = None
+
+
+class Run:
+    """What `train` holds: the model as it is run, its optimizer, the history, and how many steps are done."""
+
+    def __init__(self, model, loss, optimizer, settings, clip, evaluate, checkpoint, accelerator, accumulate):
+        self.model = self.inner = model
+        self.optimizer, self.loss, self.settings, self.clip = optimizer, loss, settings, clip
+        self.evaluate, self.checkpoint, self.accumulate = evaluate, checkpoint, accumulate
+        self.accelerator, self.sharded = accelerator, False
+        self.history, self.done, self.saved = History([], []), 0, None
+        self.start = time.perf_counter()
+        if accelerator is not None:
+            self.sharded = accelerator.distributed_type == "FSDP"
+            if self.sharded and not accelerator.is_fsdp2:
+                raise ValueError("FSDP of version 1 is not supported; accelerate launch --fsdp_version 2 chooses FSDP2")
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.inner = self.model if self.sharded else accelerator.unwrap_model(self.model)
+        self.several = accelerator is not None and accelerator.num_processes > 1
+        self.first = accelerator is None or accelerator.is_main_process
+        self.device = next(self.inner.parameters()).device
+        self.optimizer.zero_grad()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
+
+    def seconds(self) -> float:
+        """Of the whole run, earlier sittings included."""
+        return self.history.seconds + time.perf_counter() - self.start
+
+    def step(self, t: int, told: list) -> tuple[float, bool]:
+        """One step: (the loss, whether any process was told to stop). `told` holds something once this one was."""
+        total = 0.0
+        for part in range(self.accumulate):
+            wait = self.several and not self.sharded and part < self.accumulate - 1
+            with self.accelerator.no_sync(self.model) if wait else nullcontext():
+                value = self.loss(self.model, t, part) if self.accumulate > 1 else self.loss(self.model, t)
+                self.backward(value)
+            total = total + value.detach()
+        total, stopped = self.agreed(total, told)
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total} at step {t}; lower the rate ({self.settings['rate']:g}) or clip more "
+                f"(clip = {self.clip}){self.kept()}"
+            )
+        if self.clip is not None:
+            clip = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
+            clip(list(self.model.parameters()), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, stopped
+
+    def backward(self, value: Tensor) -> None:
+        """Gradients of this part. Processes' gradients are averaged where they should be added: hence the factor."""
+        if self.accelerator is None:
+            return value.backward()
+        factor = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps  # it divides by both
+        self.accelerator.backward(value if factor == 1 else value * factor)
+
+    def agreed(self, total: Tensor, told: list) -> tuple[float, bool]:
+        """The loss summed over processes; whether any was told to stop."""
+        if not self.several:
+            return total.item(), bool(told)
+        both = torch.stack([total.double(), total.new_tensor(float(bool(told)), dtype=torch.float64)])
+        value, stops = self.accelerator.reduce(both, "sum").tolist()
+        return value, stops > 0
+
+    def measured(self, t: int, told: list) -> tuple[float, bool]:
+        """A step whose memory is measured: what is held all the time, and the peak."""
+        result = []
+        peak = peak_bytes(lambda: result.append(self.step(t, told)), self.device)
+        state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        weights, held = _nbytes([*self.inner.parameters(), *self.inner.buffers()]), _nbytes(state)
+        self.history.memory = {
+            "peak": weights + held + peak,
+            "weights": weights,
+            "gradients": _nbytes(list(self.trained().values())),
+            "optimizer": held,
+        }
+        return result[0]
+
+    def record(self, t: int) -> None:
+        """Evaluate after t steps, if that was not done, and save."""
+        found = self.history.evaluations
+        if self.evaluate is not None and (not found or found[-1][0] != t):
+            state = _generators(self.device)
+            self.inner.eval()
+            with torch.no_grad():
+                found.append((t, self.evaluate(self.inner)))
+            self.inner.train()
+            _set_generators(state)
+        self.save(t)
+
+    def save(self, t: int) -> None:
+        """Write the checkpoint, if there is to be one: all processes take part, the first one writes."""
+        if self.checkpoint is None:
+            return
+        generators = [_generators(self.device)]
+        if self.several:
+            from accelerate.utils import gather_object
+
+            generators = gather_object(generators)
+        trained, state = self.state()
+        content = {"settings": self.settings, "step": t, "model": trained, "optimizer": state}
+        content |= {"generators": generators, "seconds": self.seconds()}
+        content |= {k: getattr(self.history, k) for k in ("losses", "evaluations", "step_seconds", "memory")}
+        scaler = getattr(self.accelerator, "scaler", None)
+        content["scaler"] = None if scaler is None else scaler.state_dict()
+        if self.first:
+            beside = Path(f"{self.checkpoint}.{os.getpid()}.part")
+            try:
+                torch.save(content, beside)
+                os.replace(beside, self.checkpoint)
+            finally:
+                beside.unlink(missing_ok=True)
+        self.saved = t
+
+    def state(self) -> tuple[dict, dict]:
+        """(what is trained, by name; the optimizer's state), whole in the first process at least."""
+        if not self.sharded:
+            return {n: p.detach() for n, p in self.trained().items()}, self.optimizer.state_dict()
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+        trained = get_model_state_dict(self.model, options=_whole())
+        if self.done == 0:  # an empty state would be filled by a step on no gradients, and count as one
+            return trained, {}
+        return trained, get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_whole())
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one. Errors: ValueError for another run's; nothing changed."""
+        if self.checkpoint is not None and Path(self.checkpoint).exists():
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            differ = [key for key in self.settings if saved["settings"].get(key) != self.settings[key]]
+            if differ:
+                raise ValueError(
+                    f"{self.checkpoint} is of another run: {', '.join(differ)} differ; remove it, or name another file"
+                )
+            self.restore(saved["model"], saved["optimizer"])
+            if saved["scaler"] is not None and self.accelerator is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            rank = 0 if self.accelerator is None else self.accelerator.process_index
+            _set_generators(saved["generators"][min(rank, len(saved["generators"]) - 1)])
+            self.done = self.saved = self.history.resumed_at = saved["step"]
+            for key in ("losses", "evaluations", "step_seconds", "memory", "seconds"):
+                setattr(self.history, key, saved[key])
+        if self.several:
+            self.accelerator.wait_for_everyone()
+
+    def restore(self, trained: dict, state: dict) -> None:
+        """The opposite of `state`."""
+        if self.sharded:
+            from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+            set_model_state_dict(self.model, trained, options=_whole(strict=False))
+            if state:
+                set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_whole(strict=False))
+            return
+        with torch.no_grad():
+            for name, p in self.trained().items():
+                p.copy_(trained[name])
+        self.optimizer.load_state_dict(state)
+
+    def kept(self) -> str:
+        """Where the run is, for messages."""
+        if self.checkpoint is None or self.saved is None:
+            return ""
+        return f"; {self.checkpoint} holds the run as it was after step {self.saved}"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Errors of the system, said so that one knows what to do."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
+                raise MemoryError(
+                    f"out of memory at step {self.done}: take fewer or shorter examples at a time, accumulate more "
+                    f"parts, or checkpoint activations{self.kept()} ({reason})"
+                ) from None
+            lost = ("Connection", "connection", "gloo", "NCCL", "Broken pipe")
+            if self.several and (isinstance(error, torch.distributed.DistError) or any(w in reason for w in lost)):
+                raise RuntimeError(
+                    f"another process of this run has died at step {self.done} of {self.settings['steps']}"
+                    f"{self.kept()}; the same command goes on from there ({reason})"
+                ) from None
+            raise
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of distinct storages; of a sharded tensor, this process's share."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+
+
+def _generators(device: torch.device) -> dict[str, Tensor | None]:
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_generators(state: dict[str, Tensor | None]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _whole(**more):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, **more)

@@ -1,0 +1,344 @@
+"""course/finetune.py: the whole way from a command to a record, on models of a few kilobytes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import e2e, llama, mrpc, roberta, sst2
+
+from lora_ref import load_adapter
+from lora_ref.course import finetune as module
+from lora_ref.course import tasks
+from lora_ref.course.finetune import finetune, main
+from lora_ref.course.records import check_record, load_record
+from lora_ref.course.sources import load_model
+
+SMALL = {
+    "train": 40,
+    "validation": 6,
+    "test": 4,
+    "steps": 6,
+    "batch": 8,
+    "new_tokens": 6,
+    "evaluations": 2,
+    "samples": 2,
+    "arms": ("full", "r=3"),
+    "lora_alpha": 5.0,
+}
+BASE = {"base_hidden": 16, "base_layers": 1, "base_heads": 2, "base_steps": 4, "base_batch": 4, "base_length": 16}
+
+
+def options(**fields):
+    """SMALL and these, as on the command line."""
+    words = []
+    for name, value in (SMALL | fields).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += ["--" + name.replace("_", "-"), *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+    return words
+
+
+def argv(output, profile="cpu-mini", **fields):
+    return ["--profile", profile, "--output", str(output), "--quiet", *options(**fields)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    """A finished run of the text task: (its directory, what it returned)."""
+    directory = tmp_path_factory.mktemp("runs") / "done"
+    return directory, finetune("cpu-mini", directory, progress=False, model=model, **SMALL)
+
+
+def tensors(directory):
+    return load_file(next(directory.glob("adapters/*/adapter_model.safetensors")))
+
+
+def test_the_directory_ends_with_the_record_the_adapter_and_the_log(done):
+    directory, record = done
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "adapters", "checkpoints", "log.txt", "record.json", "run.json", "runs",
+    ]  # fmt: skip
+    assert load_record(directory / "record.json") == json.loads(json.dumps(record)) and check_record(record)
+    assert list((directory / "checkpoints").iterdir()) == []
+    log = (directory / "log.txt").read_text()
+    for word in ("trained", "share", "slot errors", "tokens/s", "peak MB", "base", "full", "r=3", "reference"):
+        assert word in log
+
+
+def test_the_record_says_what_happened(done):
+    _, record = done
+    full, adapted = record["runs"]
+    assert [run["arm"] for run in record["runs"]] == ["full", "r=3"] and record["environment"]["device"] == "cpu"
+    assert full["parameters_trained"] == full["parameters"] and full["adapter"] is None
+    shapes = [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)]  # q, k, v, o, gate, up, down
+    assert adapted["parameters_trained"] == 2 * sum(3 * (d + k) for d, k in shapes)
+    assert adapted["parameters"] == full["parameters"] + adapted["parameters_trained"]
+    assert adapted["adapter"]["r"] == 3 and adapted["adapter"]["lora_alpha"] == 5
+    for run in record["runs"]:
+        assert len(run["losses"]) == 6 and [point["step"] for point in run["curve"]] == [0, 3, 6]
+        assert run["losses"][-1] < run["losses"][0] and run["after"]["loss"] < run["before"]["loss"]
+        assert run["curve"][-1]["loss"] == run["validation"] and run["chosen"]
+        peak, number = run["peak_bytes"], run["parameters_trained"]
+        assert peak["gradients"] == 4 * number and 8 * number <= peak["optimizer"] < 8 * number + 400
+        assert [sample["reference"] for sample in run["samples"]] and len(run["samples"]) == 2
+    assert full["peak_bytes"]["weights"] < adapted["peak_bytes"]["weights"]
+    assert full["curve"][0] == adapted["curve"][0]  # B = 0: both begin at the base
+
+
+def test_the_adapter_loads_here_and_in_peft_and_gives_the_recorded_loss(done, model):
+    from peft import PeftModel
+
+    directory, record = done
+    run = record["runs"][1]
+    task = tasks.make_task(module.load_tokenizer(model), module.profile("cpu-mini", model=model, **SMALL))
+    for load in (lambda base, where: load_adapter(base, where), PeftModel.from_pretrained):
+        adapted = load(load_model(model), str(directory / run["adapter_directory"])).eval()
+        assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
+
+
+def test_the_same_command_again_gives_the_record_and_another_is_refused(done, model, capsys):
+    directory, record = done
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert main(argv(directory, model=model)) == 0
+    assert "has this run, done" in capsys.readouterr().out
+    assert main(argv(directory, model=model, steps=7)) == 2
+    assert "error: output" in (said := capsys.readouterr().err) and "steps was 6, now 7" in said
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_end_with_one_processs_adapter_and_one_of_them_writes(done, model, tmp_path):
+    directory, record = done
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, "lora_ref.course.finetune", *argv(tmp_path / "two", model=model, accumulate=2)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = load_record(tmp_path / "two" / "record.json")
+    assert found["environment"]["processes"] == 2 and len(re.findall("written to", ran.stdout)) == 1
+    for mine, theirs in zip(found["runs"], record["runs"]):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+        assert mine["after"]["loss"] == pytest.approx(theirs["after"]["loss"], rel=1e-4)
+    expected = tensors(directory)
+    for name, value in tensors(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    lines = (tmp_path / "two" / "log.txt").read_text().splitlines()
+    assert len(lines) == len((directory / "log.txt").read_text().splitlines())
+
+
+def interrupt(monkeypatch, at, error=None):
+    """The at-th batch that is scored in training raises, or sends an interrupt."""
+    total, seen = tasks.TextTask.total, []
+
+    def counted(self, model, rows):
+        if model.training:
+            seen.append(1)
+            if len(seen) == at:
+                if error is not None:
+                    raise error
+                os.kill(os.getpid(), signal.SIGINT)
+        return total(self, model, rows)
+
+    monkeypatch.setattr(tasks.TextTask, "total", counted)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_ends_the_same(done, model, tmp_path, monkeypatch, capsys):
+    directory, record = done
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6 + 5)  # in the second arm's fifth step
+        assert main(argv(tmp_path / "run", model=model)) == 130
+    said = capsys.readouterr().err
+    assert "stopped after step 5 of 6" in said and "the same command goes on" in said
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert names == ["r3-seed0-0.008.pt"] and not (tmp_path / "run" / "record.json").exists()
+    interrupt(monkeypatch, 2)  # one step is left: a second one is not made
+    assert main(argv(tmp_path / "run", model=model)) == 0
+    again = load_record(tmp_path / "run" / "record.json")
+    for mine, theirs in zip(again["runs"], record["runs"]):
+        assert [mine[k] for k in ("losses", "curve", "after", "samples")] == [
+            json.loads(json.dumps(theirs[k])) for k in ("losses", "curve", "after", "samples")
+        ]
+    expected = tensors(directory)
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "run").items())
+
+
+def test_out_of_memory_names_what_to_lower_and_the_run_goes_on_with_it(done, model, tmp_path, monkeypatch, capsys):
+    _, record = done
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+        assert main(argv(tmp_path / "run", model=model)) == 1
+    said = capsys.readouterr().err
+    for part in (
+        "out of memory at step 4",
+        "--accumulate 2 (now 1)",
+        "--checkpointing true",
+        "--batch (8)",
+        "--length",
+    ):
+        assert part in said, said
+    checkpoint = tmp_path / "run" / "checkpoints" / "full-seed0-0.001.pt"
+    assert torch.load(checkpoint, weights_only=True)["step"] == 3 and "after step 3" in said
+    assert main(argv(tmp_path / "run", model=model, accumulate=2, checkpointing=True)) == 0
+    found = load_record(tmp_path / "run" / "record.json")
+    for mine, theirs in zip(found["runs"], record["runs"]):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+
+
+def test_rates_are_chosen_on_validation_examples_and_other_seeds_run_at_the_best(model, tmp_path):
+    found = finetune(
+        "cpu-mini",
+        tmp_path / "run",
+        progress=False,
+        model=model,
+        **SMALL | {"arms": ("r=3",), "lora_rates": (1e-4, 1e-3), "seeds": (3, 5), "steps": 4, "evaluations": 1},
+    )
+    first = {run["rate"]: run["validation"] for run in found["runs"] if run["seed"] == 3}
+    assert len(first) > 2 and max(first) == pytest.approx(1e-3 * 10 ** (len(first) - 2))  # it went on upwards
+    best = min(first, key=first.get)
+    assert {(run["seed"], run["rate"]) for run in found["runs"] if run["chosen"]} == {(3, best), (5, best)}
+    assert len(list((tmp_path / "run" / "adapters").iterdir())) == len(found["runs"])
+
+
+def test_runs_that_diverge_are_recorded_apart_and_all_of_them_is_an_error(model, tmp_path, monkeypatch, capsys):
+    total = tasks.TextTask.total
+
+    def explodes(self, model, rows):
+        value = total(self, model, rows)
+        return value * float("nan") if model.training and self.explode(value) else value
+
+    tasks_ = []
+    monkeypatch.setattr(tasks.TextTask, "total", explodes)
+    monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: len(tasks_) < 1 and not tasks_.append(1), False)
+    changes = SMALL | {"arms": ("full",), "full_rates": (1e-3, 2e-3), "steps": 2, "evaluations": 1}
+    found = finetune("cpu-mini", tmp_path / "one", progress=False, model=model, **changes)
+    assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [(1e-3, "the loss is nan at step 0")]
+    assert all(run["rate"] > 1e-3 for run in found["runs"])
+    monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: True)
+    words = argv(tmp_path / "all", model=model, arms=("full",), full_rates=(1e-3,))
+    assert main(words) == 1
+    assert "full diverged at every rate, 0.001; lower full_rates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16", "frozen": "bf16", "checkpointing": True, "lora_dropout": 0.1},
+        {"use_rslora": True, "target_modules": ("q_proj", "embed_tokens")},
+    ],
+    ids=["16 bits", "tied embeddings"],
+)
+def test_other_ways_to_train_end_with_an_adapter_too(model, tmp_path, changes):
+    from peft import PeftModel
+
+    found = finetune(
+        "cpu-mini", tmp_path, progress=False, model=model, **SMALL | {"arms": ("r=3",), "steps": 3} | changes
+    )
+    assert found["runs"][0]["after"]["loss"] < found["runs"][0]["before"]["loss"]
+    where = tmp_path / found["runs"][0]["adapter_directory"]
+    assert {value.dtype for value in tensors(tmp_path).values()} == {torch.float32}
+    load_adapter(load_model(model), where)
+    PeftModel.from_pretrained(load_model(model), str(where))
+
+
+def test_hub_form_e2e_from_a_local_directory(model, tmp_path):
+    found = finetune(
+        "gpu-hub",
+        tmp_path / "run",
+        progress=False,
+        model=model,
+        data=e2e(tmp_path / "e2e"),
+        **SMALL | {"arms": ("r=3",), "lora_rates": (1e-2,), "seeds": (0,), "steps": 3, "train": 20, "device": "cpu"},
+    )
+    assert found["slot_rule"] == "verbatim" and found["settings"]["precision"] == "bf16"
+    assert found["runs"][0]["after"]["loss"] < found["runs"][0]["before"]["loss"]
+
+
+@pytest.mark.parametrize("profile, data", [("gpu-hub-mrpc", mrpc), ("gpu-hub-sst2", sst2)])
+def test_glue_from_local_directories_trains_head_and_adapter(tmp_path, profile, data):
+    from peft import PeftModel
+
+    name = roberta(tmp_path / "model")
+    found = finetune(
+        profile,
+        tmp_path / "run",
+        progress=False,
+        model=name,
+        data=data(tmp_path / "data"),
+        **SMALL
+        | {"length": 40, "train": 20, "lora_rates": (1e-2,), "full_rates": (1e-2,), "seeds": (1,), "device": "cpu"},
+    )
+    full, adapted = found["runs"]
+    assert all(0 <= run["after"]["accuracy"] <= 1 and run["after"]["f1"] is not None for run in found["runs"])
+    assert full["before"] == adapted["before"] and adapted["losses"] != full["losses"]
+    head = 16 * 16 + 16 + 2 * 16 + 2
+    assert adapted["parameters_trained"] == head + 2 * 2 * 3 * (16 + 16)
+    where = str(tmp_path / "run" / adapted["adapter_directory"])
+    task = tasks.make_task(module.load_tokenizer(name), module.Profile(**{**found["settings"]}))
+    for load in (load_adapter, PeftModel.from_pretrained):
+        base = load_model(name, "classification", 2, seed=1)
+        assert task.judge(load(base, where).eval())[0]["accuracy"] == adapted["after"]["accuracy"]
+
+
+def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):
+    from lora_ref.course import new_base
+    from lora_ref.course.prose import Prose
+
+    documents = [f"The function number {i} returns the value of its argument." for i in range(60)]
+    monkeypatch.setattr(new_base, "prose", lambda packages: Prose(documents[:50], documents[50:]))
+    changes = BASE | {"arms": ("r=1", "r=3"), "lora_rates": (1e-2,), "seeds": (0,), "device": "cpu", "steps": 3}
+    found = finetune("gpu-offline", tmp_path, progress=False, **SMALL | changes)
+    assert found["base_bits_per_byte"] > 0 and found["model"] == "new"
+    assert {p.name for p in (tmp_path / "base").iterdir()} >= {"config.json", "model.safetensors", "bits.json"}
+    base = load_model(str(tmp_path / "base"))
+    load_adapter(base, tmp_path / found["runs"][1]["adapter_directory"])
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"steps": 1}, "steps = 1"),
+        ({"batch": 64, "train": 20}, "batch = 64, but there are 20 examples"),
+        ({"target_modules": ["q_prjo"]}, "'q_proj'"),
+        (
+            {"arms": ["full", "r=9"], "target_modules": ["k_proj"]},
+            "arms has 'r=9', but model.layers.0.self_attn.k_proj",
+        ),
+        ({"length": 257}, "length = 257 tokens, but"),
+        ({"new_tokens": 250}, "new_tokens and the longest prompt"),
+        ({"precision": "fp16"}, "needs a GPU"),
+        ({"model": "no/such/model"}, "no/such/model does not exist"),
+        ({"data": "no/such/data"}, "no/such/data does not exist"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(model, tmp_path, capsys, changes, says):
+    assert main(argv(tmp_path / "out", **{"model": model} | changes)) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_tokeniser_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
+    name = llama(tmp_path / "model", vocab_size=1000)
+    assert main(argv(tmp_path / "out", model=name)) == 2
+    assert "the tokeniser has 2,048 tokens, the model's embeddings 1,000 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_names_have_near_matches(tmp_path, capsys):
+    assert main(["--profile", "cpu-mni", "--output", str(tmp_path / "out")]) == 2
+    assert "'cpu-mini'" in capsys.readouterr().err
+    assert main([*argv(tmp_path / "out"), "--stepz", "3"]) == 2
+    assert "'--steps'" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""course/workplace.py: a directory belongs to one run, and only the first process writes to it."""
+
+import json
+
+import pytest
+
+from lora_ref.course.workplace import Workplace
+
+SETTINGS = {"steps": 3, "rates": (1e-3, 2e-3), "accumulate": 1, "device": "cpu"}
+
+
+def place(directory, name="cpu-mini", first=True, **changes):
+    return Workplace(directory, name, SETTINGS | changes, first)
+
+
+def test_a_run_finds_its_own_directory_again_also_with_what_changes_no_result(tmp_path):
+    place(tmp_path / "out").begin()
+    before = (tmp_path / "out" / "run.json").read_bytes()
+    for changes in ({}, {"accumulate": 4}, {"device": "auto"}):
+        place(tmp_path / "out", **changes).begin()
+    assert (tmp_path / "out" / "run.json").read_bytes() == before
+
+
+def test_another_runs_directory_is_refused_and_stays_as_it_is(tmp_path, refused):
+    place(tmp_path).begin()
+    files = sorted(tmp_path.rglob("*"))
+    before = (tmp_path / "run.json").read_bytes()
+    refused(lambda: place(tmp_path, steps=4), "of another run", "steps was 3, now 4")
+    refused(lambda: place(tmp_path, "gpu-hub"), "profile was 'cpu-mini', now 'gpu-hub'")
+    assert sorted(tmp_path.rglob("*")) == files and (tmp_path / "run.json").read_bytes() == before
+
+
+def test_what_is_no_runs_directory_is_refused(tmp_path, refused):
+    (tmp_path / "file").write_text("x")
+    refused(lambda: place(tmp_path / "file"), "is a file")
+    refused(lambda: place(tmp_path), "is not empty and holds no run")
+    for content in ("", "[]", json.dumps({"settings": {}})):
+        (tmp_path / "run.json").write_text(content)
+        refused(lambda: place(tmp_path), "is no run's description")
+
+
+def test_nothing_is_written_before_begin_and_nothing_by_the_other_processes(tmp_path, capsys):
+    other = place(tmp_path / "out", first=False)
+    other.begin()
+    other.say("hello")
+    other.write("part", {"a": 1})
+    assert not (tmp_path / "out").exists() and capsys.readouterr().out == ""
+    first = place(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    first.begin()
+    first.say("hello")
+    assert (tmp_path / "out" / "log.txt").read_text() == "hello\n" and capsys.readouterr().out == "hello\n"
+
+
+def test_a_part_that_is_done_is_kept_and_its_checkpoint_dropped(tmp_path):
+    mine = place(tmp_path)
+    mine.begin()
+    mine.checkpoint("r8").write_bytes(b"x")
+    mine.checkpoint("full").write_bytes(b"x")
+    assert mine.read("r8") is None
+    mine.write("r8", {"loss": 0.1})
+    assert mine.read("r8") == {"loss": 0.1} and not mine.checkpoint("r8").exists() and mine.checkpoint("full").exists()
+
+
+def test_the_clock_goes_on_after_an_interruption(tmp_path):
+    mine = place(tmp_path)
+    mine.begin()
+    mine.start -= 100
+    mine.write("a", {})
+    again = place(tmp_path)
+    again.begin()
+    assert again.seconds() == pytest.approx(100, abs=20)
