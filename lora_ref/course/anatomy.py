@@ -28,11 +28,12 @@ def measures(W0: Tensor, dW: Tensor, r: int = 8) -> dict[str, float]:
 
     size = ‖ΔW‖/‖W0‖; rank 90: the rank at 90 % of ΔW's energy; presence = ‖U_rᵀW0V_r‖/‖(W0)_r‖, U_r and V_r the first
     r singular vectors of ΔW: 1 if they are W0's own; amplification = ‖ΔW_r‖/‖U_rᵀW0V_r‖; intruders: see `updates`.
-    "noise" is a Gaussian update of the same size.
+    "noise" is a Gaussian update of the same size, "noise of rank r" a product of two Gaussian factors.
     """
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(dW.shape, generator=g)
     noisy = W0 + noise * (dW.norm() / noise.norm())
+    thin = torch.randn(len(dW), r, generator=g) @ torch.randn(r, dW.shape[1], generator=g)
     factor, own = amplification(W0, dW, r), torch.linalg.svdvals(W0)[:r].norm()
     shift = torch.linalg.svdvals(dW)[:r].norm()
     return {
@@ -45,6 +46,7 @@ def measures(W0: Tensor, dW: Tensor, r: int = 8) -> dict[str, float]:
         "amplification, random directions": amplification_null(W0, dW, r),
         "intruders": intruders(W0, W0 + dW),
         "intruders, noise": intruders(W0, noisy),
+        "intruders, noise of rank r": intruders(W0, W0 + thin * (dW.norm() / thin.norm())),
     }
 
 

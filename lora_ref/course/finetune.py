@@ -52,7 +52,12 @@ def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progres
         if place.first:
             print(f"{place.directory} has this run, done:\n\n{table(record)}")
         return record
-    return Finetuning(name, p, place, progress).run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(p.threads or threads)
+    try:
+        return Finetuning(name, p, place, progress).run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Finetuning:
@@ -91,11 +96,14 @@ class Finetuning:
         place.say(f"{self.name}: {p.model} on {p.data}, {self.accelerator.device}, {self.processes} process(es)")
         if self.task.dropped:
             place.say(f"{self.task.dropped} examples of more than {p.length} tokens are left out")
-        bits = make_base(p, place, self.accelerator, self.progress) if self.new else None
         runs, diverged = [], []
-        for arm in p.arms:
-            found, lost = self.tuned(arm)
-            runs, diverged = runs + found, diverged + lost
+        try:
+            bits = make_base(p, place, self.accelerator, self.progress) if self.new else None
+            for arm in p.arms:
+                found, lost = self.tuned(arm)
+                runs, diverged = runs + found, diverged + lost
+        finally:
+            place.stamp()
         record = {
             "format": FORMAT,
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,7 +15,12 @@ from pathlib import Path
 
 from .records import write_json
 
-FREE = ("accumulate", "checkpointing", "device")  # what may change when a run goes on: the result is the same
+FREE = (
+    "accumulate",
+    "checkpointing",
+    "device",
+    "threads",
+)  # what may change when a run goes on: the result is the same
 
 
 class Workplace:
@@ -64,7 +69,7 @@ class Workplace:
                 log.write(text + "\n")
 
     def seconds(self) -> float:
-        """Of the whole run; of an earlier sitting, what went by until its last part was done."""
+        """Of the whole run; of a sitting that was killed, what went by until its last part was done."""
         return self.earlier + time.perf_counter() - self.start
 
     def read(self, name: str) -> dict | None:
@@ -76,8 +81,13 @@ class Workplace:
         """A part is done: keep what came out, drop its checkpoint."""
         if self.first:
             write_json(content, self.directory / "runs" / f"{name}.json")
-            write_json({"seconds": self.seconds()}, self.directory / "runs" / "clock.json")
+            self.stamp()
             self.checkpoint(name).unlink(missing_ok=True)
+
+    def stamp(self) -> None:
+        """Keep the time, for a sitting that goes on from here."""
+        if self.first:
+            write_json({"seconds": self.seconds()}, self.directory / "runs" / "clock.json")
 
     def checkpoint(self, name: str) -> Path:
         return self.directory / "checkpoints" / f"{name}.pt"

@@ -168,6 +168,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_the_same(done, model, tmp
     interrupt(monkeypatch, 2)  # one step is left: a second one is not made
     assert main(argv(tmp_path / "run", model=model)) == 0
     again = load_record(tmp_path / "run" / "record.json")
+    assert again["seconds"] >= sum(run["seconds"] for run in again["runs"])
     for mine, theirs in zip(again["runs"], record["runs"]):
         assert [mine[k] for k in ("losses", "curve", "after", "samples")] == [
             json.loads(json.dumps(theirs[k])) for k in ("losses", "curve", "after", "samples")
@@ -190,7 +191,7 @@ def test_out_of_memory_names_what_to_lower_and_the_run_goes_on_with_it(done, mod
         "--length",
     ):
         assert part in said, said
-    checkpoint = tmp_path / "run" / "checkpoints" / "full-seed0-0.001.pt"
+    checkpoint = tmp_path / "run" / "checkpoints" / "full-seed0-0.004.pt"
     assert torch.load(checkpoint, weights_only=True)["step"] == 3 and "after step 3" in said
     assert main(argv(tmp_path / "run", model=model, accumulate=2, checkpointing=True)) == 0
     found = load_record(tmp_path / "run" / "record.json")

@@ -577,9 +577,13 @@ def two(directory, job):
     processes = [context.Process(target=worker, args=(rank, port, directory, job)) for rank in (0, 1)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode is not None, f"a process of {job!r} hangs"
+    try:
+        for process in processes:
+            process.join(300)
+            assert process.exitcode is not None, f"a process of {job!r} hangs"
+    finally:
+        for process in processes:
+            process.kill()
     files = [directory / f"{job}{rank}.pt" for rank in (0, 1)]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
@@ -724,6 +728,15 @@ def test_the_measured_step_gives_the_bytes_and_changes_no_bit(tmp_path):
     rows = 4 * 16 * (6 + 8)  # the input in, and the tanh out, at the least
     assert memory["peak"] > memory["weights"] + memory["optimizer"] + memory["gradients"] + rows
     assert len(history.step_seconds) == 4 and 0 < sum(history.step_seconds) < history.seconds
+
+
+def test_the_peak_counts_what_is_held_before_the_measured_step(monkeypatch):
+    from lora_ref.course import running
+
+    monkeypatch.setattr(running, "peak_bytes", lambda function, device: (function(), 10**6)[1])
+    model, loss = regression(frozen=True)
+    memory = train(model, loss, 3, 0.05, probe=1).memory
+    assert memory["peak"] == memory["weights"] + memory["optimizer"] + 10**6
 
 
 def test_more_bad_runs_are_refused(refused):

@@ -70,3 +70,8 @@ def test_the_clock_goes_on_after_an_interruption(tmp_path):
     again = place(tmp_path)
     again.begin()
     assert again.seconds() == pytest.approx(100, abs=20)
+    again.start -= 200
+    again.stamp()
+    third = place(tmp_path)
+    third.begin()
+    assert third.seconds() == pytest.approx(300, abs=40)
