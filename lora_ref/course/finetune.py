@@ -28,6 +28,7 @@ from .new_base import check_packages, make_base, new_model
 from .profiles import Profile, arguments, profile
 from .records import FORMAT, load_record, write_record
 from .report import peak, shown_samples, speed, summary, table
+from .running import out_of_memory, process_lost, reason
 from .sources import load_model, load_tokenizer
 from .tasks import Task, make_task
 from .training import History, train
@@ -288,9 +289,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{error or 'interrupted'} (the same command goes on)", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "another process of this run" not in str(error):
+        said = str(error)
+        if out_of_memory(error):  # in training it is a MemoryError
+            said = f"out of memory while evaluating ({reason(error)}); lower --length or --new-tokens, in a new output"
+        elif process_lost(error) and "another process" not in said:
+            said = f"another process of this run has died ({reason(error)}); the same command goes on"
+        elif "another process" not in said:
             raise
-        print(f"error: process {rank}: {error}", file=sys.stderr)
+        print(f"error: process {rank}: {said}", file=sys.stderr)
         return 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

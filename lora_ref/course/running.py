@@ -203,19 +203,32 @@ class Run:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
+            if out_of_memory(error):
                 raise MemoryError(
                     f"out of memory at step {self.done}: take fewer or shorter examples at a time, accumulate more "
-                    f"parts, or checkpoint activations{self.kept()} ({reason})"
+                    f"parts, or checkpoint activations{self.kept()} ({reason(error)})"
                 ) from None
-            lost = ("Connection", "connection", "gloo", "NCCL", "Broken pipe")
-            if self.several and (isinstance(error, torch.distributed.DistError) or any(w in reason for w in lost)):
+            if self.several and process_lost(error):
                 raise RuntimeError(
                     f"another process of this run has died at step {self.done} of {self.settings['steps']}"
-                    f"{self.kept()}; the same command goes on from there ({reason})"
+                    f"{self.kept()}; the same command goes on from there ({reason(error)})"
                 ) from None
             raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason(error)
+
+
+def process_lost(error: Exception) -> bool:
+    """Whether the error is what a process sees when another one is gone."""
+    words = ("Connection", "connection", "gloo", "NCCL", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(word in reason(error) for word in words)
+
+
+def reason(error: Exception) -> str:
+    """The error's first line, cut short."""
+    return str(error).strip().split("\n")[0][:200]
 
 
 def _nbytes(tensors: list[Tensor]) -> int:

@@ -198,15 +198,17 @@ def read_table(path: Path) -> list[dict]:
     return rows
 
 
-def three_parts(groups: dict[str, list], seed: int = 0) -> dict[str, list]:
-    """Parts that are missing are cut from the training part, a tenth (and one at least) each, by a shuffle from seed.
+def three_parts(groups: dict[str, list], most: dict[str, int], seed: int = 0) -> dict[str, list]:
+    """Parts that are missing are cut from the training part by a shuffle from seed: a tenth each, one at least, and
+    no more than `most` says for the part.
 
     Errors: ValueError where too few are left to train on.
     """
-    parts, cut = dict(groups), max(1, len(groups["train"]) // 10)
+    parts, tenth = dict(groups), max(1, len(groups["train"]) // 10)
     for part in ("validation", "test"):
         if part not in parts:
             order = random.Random(f"{part} {seed}").sample(parts["train"], len(parts["train"]))
+            cut = min(tenth, most[part])
             parts[part], parts["train"] = order[:cut], order[cut:]
     if not parts["train"]:
         raise ValueError(f"too few examples to train on, { {k: len(v) for k, v in parts.items()} }; three at least")

@@ -9,7 +9,7 @@ import importlib.util
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -250,7 +250,7 @@ def _from_tables(p: Profile) -> dict[str, list[Example]]:
                 raise ValueError(f"{p.data}, {part} part: row {i + 1} has no {record if not row.get(record) else text}")
             texts.setdefault(row[record], []).append(row[text])
         groups[part] = [Example("e2e", _slots(p.data, part, record), said) for record, said in texts.items()]
-    parts = three_parts(groups)
+    parts = three_parts(groups, asdict(p))
     random.Random(0).shuffle(parts["train"])
     return {"train": parts["train"]} | {part: parts[part][: getattr(p, part)] for part in ("validation", "test")}
 
@@ -286,7 +286,7 @@ def _labelled(p: Profile) -> tuple[dict[str, list[dict]], tuple[str, ...]]:
         raise ValueError(f"{p.data} has no labelled row to train on")
     if "test" not in parts and "validation" in parts:  # as is usual with GLUE: its validation part judges
         parts["test"] = parts.pop("validation")
-    parts = three_parts(parts)
+    parts = three_parts(parts, asdict(p))
     return {part: rows[: getattr(p, part)] for part, rows in parts.items()}, columns
 
 

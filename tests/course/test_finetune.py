@@ -199,6 +199,22 @@ def test_out_of_memory_names_what_to_lower_and_the_run_goes_on_with_it(done, mod
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "while evaluating"),
+        (RuntimeError("[gloo/pair.cc:537] Connection reset by peer"), "another process of this run has died"),
+    ],
+)
+def test_what_goes_wrong_between_the_steps_is_said_too(model, tmp_path, monkeypatch, capsys, error, says):
+    def fails(self, model):
+        raise error
+
+    monkeypatch.setattr(tasks.TextTask, "judge", fails)
+    assert main(argv(tmp_path / "run", model=model)) == 1
+    assert says in capsys.readouterr().err
+
+
 def test_rates_are_chosen_on_validation_examples_and_other_seeds_run_at_the_best(model, tmp_path):
     found = finetune(
         "cpu-mini",

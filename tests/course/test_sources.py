@@ -170,13 +170,13 @@ def test_what_the_library_says_is_passed_on(monkeypatch):
 
 
 def test_missing_parts_are_cut_from_the_training_part_disjointly_and_the_same_each_time(refused):
-    items = list(range(37))
-    parts = three_parts({"train": items})
-    assert [len(parts[part]) for part in ("train", "validation", "test")] == [31, 3, 3]
+    items, most = list(range(37)), {"validation": 100, "test": 2}
+    parts = three_parts({"train": items}, most)
+    assert [len(parts[part]) for part in ("train", "validation", "test")] == [32, 3, 2]
     assert sorted(parts["train"] + parts["validation"] + parts["test"]) == items
-    assert parts == three_parts({"train": items}) and items == list(range(37))
-    assert three_parts({"train": items, "test": [99]})["test"] == [99]
-    refused(lambda: three_parts({"train": [1, 2]}), "too few examples", "three at least")
+    assert parts == three_parts({"train": items}, most) and items == list(range(37))
+    assert three_parts({"train": items, "test": [99]}, most)["test"] == [99]
+    refused(lambda: three_parts({"train": [1, 2]}, most), "too few examples", "three at least")
 
 
 def test_glues_form_is_read(tmp_path):
