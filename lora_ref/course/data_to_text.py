@@ -105,11 +105,11 @@ def text_loss(model: nn.Module, rows: Sequence[Row], pad: int) -> Tensor:
 
     A label stands at its own place and is predicted from the one before, so both are shifted by one.
     """
-    total, count = _total_loss(model, batch(rows, pad))
+    total, count = total_loss(model, batch(rows, pad))
     return total / count
 
 
-def _total_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+def total_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     """(sum of the losses, how many tokens) of a padded batch, which goes to the model's device."""
     inputs = {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
     labels = inputs.pop("labels")[:, 1:]
@@ -129,7 +129,7 @@ def held_out_loss(model: nn.Module, rows: Sequence[Row], pad: int, size: int = 3
         raise ValueError("there are no rows; pass at least one")
     ordered, total, count = sorted(rows, key=lambda row: len(row.ids)), 0.0, 0
     for i in range(0, len(ordered), size):
-        value, tokens = _total_loss(model, batch(ordered[i : i + size], pad))
+        value, tokens = total_loss(model, batch(ordered[i : i + size], pad))
         total, count = total + value.item(), count + tokens
     return total / count
 

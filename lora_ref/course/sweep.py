@@ -28,6 +28,7 @@ from ..model import add_lora, merge
 from .anatomy import mean, measures, overlap, updates
 from .data_to_text import Row, batches, encode, held_out_loss, scores, text_loss
 from .grammar import Example, examples
+from .machine import processor
 from .models import language_model, trainable
 from .pretrain import bits_per_byte
 from .pretrain import encode as encode_prose
@@ -301,13 +302,6 @@ def overlaps(directory: Path) -> dict[str, list[dict[str, float]]]:
         "r = 8, two seeds": [pair(low[i], low[j]) for i, j in pairs],
         "full and r = 8": [pair(full[i], low[i]) for i in SEEDS],
     }
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def shipped(part: str = "experiments") -> dict:
