@@ -308,14 +308,17 @@ def shipped(part: str = "experiments") -> dict:
     """A part of the record that ships with the course.
 
     "experiments": experiment → arm → settings, best_rate, runs; "anatomy" and "overlap": what `anatomies` and
-    `overlaps` give; "made with": versions, processor, seeds. Errors: FileNotFoundError when it is not there.
+    `overlaps` give; "made with": versions, processor, seeds. Errors: FileNotFoundError when it is not there, ValueError when it is damaged.
     """
     if not RECORD.exists():
         raise FileNotFoundError(
             f"{RECORD} is not there; python -m lora_ref.course.sweep --output DIR makes the runs (hours), and then "
             "--output DIR --collect FILE the record"
         )
-    return json.loads(RECORD.read_text())[part]
+    try:
+        return json.loads(RECORD.read_text())[part]
+    except ValueError as error:
+        raise ValueError(f"{RECORD} is damaged ({error}); take it from the repository again") from None
 
 
 def tuned(arm: dict, key: str = "test") -> list:

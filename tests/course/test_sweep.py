@@ -680,3 +680,13 @@ def test_mistakes_on_the_command_line_exit_with_2_and_change_nothing(argv, says,
     assert stop.value.code == 2 and all(part in error for part in says), error
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "kept"
+
+
+def test_a_damaged_record_is_said_to_be_one(tmp_path, monkeypatch):
+    whole = sweep.RECORD.read_text()
+    damaged = tmp_path / "record.json"
+    monkeypatch.setattr(sweep, "RECORD", damaged)
+    for eighth in range(8):
+        damaged.write_text(whole[: len(whole) * eighth // 8])
+        with pytest.raises(ValueError, match="is damaged .* take it from the repository again"):
+            sweep.shipped()
