@@ -9,6 +9,7 @@ rotates from round to round, and only times of the same round are divided by eac
 A benchmark is an entry of BENCHMARKS: cases, and a function that yields rows (dicts) for one case.
 The table shows every key of a row but `size`, the abscissa of the picture, and `seconds`, all the
 times by contender. Times are wall-clock; a key says its unit (s, ms). `ratio` has no unit.
+`compile` runs only when it is named: compiling takes minutes.
 
 One CPU thread unless --threads says otherwise: on cores that are shared, two threads that wait for
 each other have been seen to take ten times as long as one.
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import layer_bench, model_bench
+from . import compile_bench, layer_bench, model_bench
 from .intrinsic_dimension import PROJECTIONS
 from .measure import paired, quartiles
 from .svd import randomized_svd
@@ -101,7 +102,8 @@ def projection_finding(rows: list[dict]) -> str:
 class Benchmark(NamedTuple):
     """`rows(case, rounds)` yields a case's rows, its docstring is the table's caption; `finding(rows)` is a
     sentence for people. --quick runs the first of `cases`, --full all, a plain run the first `plain`.
-    `draw(axes, rows)` draws the picture's panel; without one it is time against size."""
+    `draw(axes, rows)` draws the picture's panel; without one it is time against size. `on_request`: runs only when
+    it is named."""
 
     rows: Callable[[tuple, int], Iterator[dict]]
     finding: Callable[[list[dict]], str]
@@ -109,10 +111,12 @@ class Benchmark(NamedTuple):
     cases: list[tuple]
     plain: int = -1
     draw: Callable | None = None
+    on_request: bool = False
 
 
 SHAPES = [(256, 192), (512, 384), (1024, 768), (2048, 1536), (3072, 2304)]
 SUBSPACES = [(8_970, 256), (100_000, 256), (1_000_000, 256), (4_000_000, 256)]
+LLAMAS = [case._replace(p=p) for case in model_bench.CASES for p in (0.0, 0.1)]
 BENCHMARKS = {
     "layer": Benchmark(
         layer_bench.layer_rows, layer_bench.layer_finding, "", layer_bench.LAYERS, layer_bench.PLAIN, layer_bench.draw
@@ -125,12 +129,8 @@ BENCHMARKS = {
         layer_bench.PLAIN,
         layer_bench.draw_memory,
     ),
-    "model": Benchmark(
-        model_bench.rows,
-        model_bench.finding,
-        "parameters",
-        [c._replace(p=p) for c in model_bench.CASES for p in (0.0, 0.1)],
-    ),
+    "model": Benchmark(model_bench.rows, model_bench.finding, "parameters", LLAMAS),
+    "compile": Benchmark(compile_bench.rows, compile_bench.finding, "parameters", LLAMAS, plain=2, on_request=True),
     "svd": Benchmark(svd_rows, svd_finding, "entries of the matrix, d·k", SHAPES),
     "projections": Benchmark(projection_rows, projection_finding, "parameters, D", SUBSPACES),
 }
@@ -209,21 +209,20 @@ def write(path: Path, content: bytes) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The checked command line: every mistake is found before the first timing, and exits with 2."""
     known = ", ".join(BENCHMARKS)
+    usual = [name for name, benchmark in BENCHMARKS.items() if not benchmark.on_request]
     parser = argparse.ArgumentParser(prog="python -m lora_ref.bench", description="Paired timings of lora_ref.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all of {known})")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known} (default: {', '.join(usual)})")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 7, with --quick 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, all times and the environment")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw what was found")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of the layer benchmarks (default cpu)"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of layers and models (default cpu)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one case only: seconds")
     size.add_argument("--full", action="store_true", help="larger sizes too: minutes")
     args = parser.parse_args(argv)
     args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
-    args.names = list(dict.fromkeys(args.names or BENCHMARKS))
+    args.names = list(dict.fromkeys(args.names or usual))
     for name in args.names:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}; choose from {known}")
@@ -239,6 +238,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--picture {args.picture} is not a .png; name one, such as bench.png")
     if args.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib, which is not installed; pip install matplotlib, or leave it out")
+    if "compile" in args.names and (reason := compile_bench.no_compiler(args.device)):
+        parser.error(f"the benchmark 'compile': {reason}")
     return args
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import layer_bench
 from .config import LoRAConfig
-from .measure import paired, quartiles
+from .measure import paired, peak_bytes, quartiles
 from .model import add_lora, count_parameters
 
 
@@ -50,6 +50,10 @@ def build(case: Llama) -> nn.Module:
 
 def contenders(case: Llama) -> dict[str, nn.Module]:
     """peft and lora_ref with the same adapter, and full fine-tuning."""
+    if importlib.util.find_spec("transformers") is None:
+        raise SystemExit(
+            "a benchmark of whole models needs transformers, which is not installed; pip install transformers"
+        )
     settings = {"r": case.r, "lora_alpha": 2 * case.r, "lora_dropout": case.p, "target_modules": "all-linear"}
     models = {"lora_ref": add_lora(build(case), LoRAConfig(**settings)), "full": build(case)}
     if importlib.util.find_spec("peft"):
@@ -57,6 +61,11 @@ def contenders(case: Llama) -> dict[str, nn.Module]:
 
         models["peft"] = get_peft_model(build(case), LoraConfig(**settings))
     return {name: model.train() for name, model in models.items()}
+
+
+def batch(case: Llama) -> torch.Tensor:
+    """Token ids (batch, length)."""
+    return torch.randint(0, 8192, (case.batch, case.length), device=layer_bench.DEVICE)
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
@@ -71,18 +80,25 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
+def peak(model: nn.Module, run: Callable[[], None]) -> int:
+    """Bytes at the peak of a step that has run before: weights, AdamW's two moments, and what the step allocates."""
+    model.zero_grad()  # what an earlier step left
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    moments = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
+    return held + moments + peak_bytes(run, layer_bench.DEVICE)
+
+
 def rows(case: Llama, rounds: int) -> Iterator[dict]:
     """A fine-tuning step of a whole Llama (forward, backward, AdamW), LoRA on all linear layers, in ms.
 
         ratio = lora_ref / peft;   ÷full = lora_ref / full fine-tuning, which tends to 2/3 + 2r/d
 
-    float32; trained: the adapter's numbers. The embeddings and the output head are not adapted.
+    float32; trained: the adapter's numbers. The embeddings and the output head are not adapted. MiB: the peak of a
+    step with weights and AdamW's state.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise SystemExit("the benchmark 'model' needs transformers, which is not installed; pip install transformers")
-    ids = torch.randint(0, 8192, (case.batch, case.length), device=layer_bench.DEVICE)
-    models = contenders(case)
-    timing = paired({name: step(model, ids) for name, model in models.items()}, rounds)
+    models, ids = contenders(case), batch(case)
+    runs = {name: step(model, ids) for name, model in models.items()}
+    timing = paired(runs, rounds)
     trained = count_parameters(models["lora_ref"]).trainable
 
     def over(name: str, other: str) -> dict | None:
@@ -90,9 +106,10 @@ def rows(case: Llama, rounds: int) -> Iterator[dict]:
             return None
         return quartiles([a / b for a, b in zip(timing[name].seconds, timing[other].seconds)])
 
-    row = {"model": case.name, "tokens": case.batch * case.length, "r": case.r, "dropout": case.p, "trained": trained}
+    row = {"model": case.name, "tokens": ids.numel(), "r": case.r, "dropout": case.p, "trained": trained}
     row |= {f"{name}_ms": one.ms for name, one in timing.items()} | {"ratio": over("lora_ref", "peft")}
     row |= {"÷full": over("lora_ref", "full")["median"]}
+    row |= {f"{name}_MiB": peak(model, runs[name]) / 2**20 for name, model in models.items()}
     size = count_parameters(models["full"]).total
     yield row | {"size": size, "seconds": {name: one.seconds for name, one in timing.items()}}
 

@@ -3,7 +3,7 @@
 import torch
 
 from lora_ref import count_parameters, model_bench
-from lora_ref.model_bench import Llama, contenders, finding, rows, step
+from lora_ref.model_bench import Llama, batch, contenders, finding, peak, rows, step
 
 TINY = Llama("tiny", hidden=64, layers=1, batch=2, length=9, r=3)
 
@@ -28,9 +28,23 @@ def test_a_step_trains():
     assert moved and all("lora_" in name for name in moved)
 
 
+def test_the_peak_has_weights_gradients_and_moments_and_does_not_grow():
+    peaks = {}
+    for name, model in contenders(TINY).items():
+        run = step(model, batch(TINY))
+        run()
+        peaks[name] = peak(model, run)
+        count = count_parameters(model)
+        assert 4 * count.total + 12 * count.trainable < peaks[name]
+        run()
+        assert peak(model, run) == peaks[name]
+    assert peaks["lora_ref"] < peaks["full"] / 2
+
+
 def test_rows_have_times_and_ratios():
     (row,) = rows(TINY, rounds=1)
     assert {name: len(times) for name, times in row["seconds"].items()} == {"lora_ref": 1, "full": 1, "peft": 1}
+    assert 0 < row["lora_ref_MiB"] < row["full_MiB"]
     assert row["trained"] == 3 * (4 * 128 + 3 * 234) and row["ratio"]["median"] > 0
     assert "× peft's time" in finding([row])
     assert max(model_bench.CASES, key=lambda case: case.hidden).name == "100 M"

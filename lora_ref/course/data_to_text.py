@@ -109,13 +109,21 @@ def text_loss(model: nn.Module, rows: Sequence[Row], pad: int) -> Tensor:
     return total / count
 
 
-def total_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """(sum of the losses, how many tokens) of a padded batch, which goes to the model's device."""
+def total_loss(model: nn.Module, inputs: dict[str, Tensor], copies: int = 1) -> tuple[Tensor, int]:
+    """(sum of the losses, how many tokens) of a padded batch, which goes to the model's device.
+
+    With `copies` > 1 the model reads the batch so many times, one copy after the other, as adapters side by side want
+    it (`many`): the sum is each copy's own, (copies,), and the tokens are those of one.
+    """
     inputs = {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
+    if copies > 1:
+        inputs = {name: value.repeat(copies, 1) for name, value in inputs.items()}
     labels = inputs.pop("labels")[:, 1:]
-    logits = model(**inputs).logits[:, :-1]
-    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    return total, int((labels != IGNORED).sum())
+    logits, count = model(**inputs).logits[:, :-1], int((labels != IGNORED).sum()) // copies
+    if copies == 1:
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"), count
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return losses.view(copies, -1).sum(1), count
 
 
 @torch.no_grad()
@@ -163,8 +171,17 @@ def write(model: nn.Module, tokenizer, examples: Sequence[Example], size: int = 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU by sacrebleu, 0 to 100, each text against all references of its record.
 
-    Errors: ValueError for no texts, or texts and references of unequal number.
+    Errors: TypeError for a string in place of a list, whose letters would be scored; ValueError for no texts, or
+    texts and references of unequal number.
     """
+    if isinstance(texts, str):
+        raise TypeError(f"texts is the string {texts!r:.40}, not a list of texts; pass [text]")
+    for i, found in enumerate([references] if isinstance(references, str) else references):
+        if isinstance(found, str):
+            raise TypeError(
+                f"the references of text {i} are the string {found!r:.40}, not a list of strings; pass "
+                "[[reference], …], a list for each text, of one reference or more"
+            )
     if not texts or len(texts) != len(references) or not all(references):
         raise ValueError(f"{len(texts)} texts, {len(references)} lists of references; pass at least one of each, alike")
     from sacrebleu import BLEU

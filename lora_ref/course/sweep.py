@@ -8,55 +8,34 @@ it was, and several processes (--part i/n) share the arms. --collect FILE puts a
 
 import argparse
 import copy
-import json
 import math
-import platform
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import LoRAConfig
 from ..model import add_lora, merge
-from .anatomy import mean, measures, overlap, updates
+from .anatomy import updates
 from .data_to_text import Row, batches, encode, held_out_loss, scores, text_loss
 from .grammar import Example, examples
-from .machine import processor
 from .models import language_model, trainable
 from .pretrain import bits_per_byte
 from .pretrain import encode as encode_prose
 from .prose import PACKAGES, prose
+from .records import write_json
+from .sweep_record import SEEDS, TRAIN, Arm, Updates, best_rate, collect, finished, results, save, stem, weights
 from .training import train
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MLP = ALL[4:]
-TRAIN, VALIDATION, TEST = 2000, 100, 200  # examples of a domain, all with distinct records
-SEEDS = (0, 1, 2)
-RECORD = Path(__file__).parent / "assets" / "sweep" / "record.json"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is trained, and how: adapter are LoRAConfig's fields (None: every weight); first_rate begins the search."""
-
-    experiment: str
-    name: str
-    adapter: dict | None
-    first_rate: float
-    steps: int = 100
-    batch: int = 8
-    n: int = TRAIN
-    domain: str = "restaurants"
-    start: str = "prose_llama"  # or "random", or an arm, whose weights of the same seed are where this one begins
-    trains: str = ""  # without an adapter: only the parameters whose names match this regular expression
-    report: bool = False  # also what it forgets along the way, texts, BLEU and slot errors; and keep the weights
+VALIDATION, TEST = 100, 200  # examples of a domain beside TRAIN to train on, all with distinct records
 
 
 def lora(r: int, targets: list[str] = ALL, **more) -> dict:
@@ -94,6 +73,15 @@ ARMS = [  # a budget is that of r = 8 on all linear layers: 116,736 numbers, met
     Arm("rank", "full, linear layers only", None, FULL, trains=r".*_proj\.weight"),
     Arm("few examples", "from scratch", None, 4e-3, n=50, start="random"),
 ]  # fmt: skip
+
+
+def named(experiment: str, name: str) -> Arm:
+    """The arm of this name. Errors: LookupError, with the names that there are."""
+    for arm in ARMS:
+        if (arm.experiment, arm.name) == (experiment, name):
+            return arm
+    known = ", ".join(repr(arm.name) for arm in ARMS if arm.experiment == experiment)
+    raise LookupError(f"no arm {name!r} in {experiment!r}; it has {known or 'none: there is no such experiment'}")
 
 
 @cache
@@ -207,40 +195,13 @@ def run(arm: Arm, seed: int, rate: float, directory: Path | None = None) -> dict
     return found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def stem(arm: Arm) -> str:
-    return f"{arm.experiment}-{arm.name}".replace(" ", "_").replace(",", "").replace("=", "")
-
-
-def weights(directory: Path, arm: Arm, seed: int, rate: float) -> Path:
-    return directory / "weights" / f"{stem(arm)}-{seed}-{rate:.3g}.safetensors"
-
-
-def results(directory: Path, arm: Arm) -> dict[tuple[int, float], dict]:
-    """What was run of an arm so far: (seed, rate) → the run."""
-    files = sorted((directory / "runs").glob(f"{stem(arm)}-[0-9]-*.json"))
-    runs = [json.loads(file.read_text()) for file in files]
-    return {(run["seed"], run["rate"]): run for run in runs}
-
-
-def best_rate(runs: dict[tuple[int, float], dict]) -> float:
-    """The rate with the lowest validation loss on seed 0."""
-    return min((run["validation"], rate) for (seed, rate), run in runs.items() if seed == SEEDS[0])[1]
-
-
-def finished(runs: dict[tuple[int, float], dict]) -> bool:
-    """Whether every seed has run at the best rate; `tune` ends with that."""
-    return bool(runs) and all((seed, best_rate(runs)) in runs for seed in SEEDS)
-
-
 def tune(arm: Arm, directory: Path) -> None:
     """Run the arm until its best rate on seed 0 has a worse neighbour on both sides, then the other seeds there."""
 
     def need(seed: int, rate: float) -> None:
         if (seed, rate) not in results(directory, arm):
             found = run(arm, seed, rate, directory)
-            file = directory / "runs" / f"{stem(arm)}-{seed}-{rate:.3g}.json"
-            file.with_suffix(".part").write_text(json.dumps(found))
-            file.with_suffix(".part").replace(file)
+            save(directory, arm, found)
             print(f"{stem(arm):32} seed {seed} rate {rate:.3g}: {found['validation']:.4f}", flush=True)
 
     need(SEEDS[0], arm.first_rate)
@@ -254,24 +215,7 @@ def tune(arm: Arm, directory: Path) -> None:
         need(seed, rate)
 
 
-def collect(directory: Path) -> dict:
-    """All finished arms: experiment → name → the arm's settings, its tuned rate and its runs; and what made them."""
-    found = {}
-    for arm in ARMS:
-        runs = results(directory, arm)
-        if finished(runs):
-            table = {k: v for k, v in vars(arm).items() if k not in ("experiment", "name")}
-            ordered = [{k: None if v == math.inf else v for k, v in runs[key].items()} for key in sorted(runs)]
-            found.setdefault(arm.experiment, {})[arm.name] = table | {"best_rate": best_rate(runs), "runs": ordered}
-    anatomy = {
-        arm.name: anatomies(arm, directory) for arm in ARMS if arm.name in found.get(arm.experiment, {}) and arm.report
-    }
-    made = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
-    made |= {"device": "CPU, one thread a run", "processor": processor(), "seeds": SEEDS}
-    return {"made with": made, "experiments": found, "anatomy": anatomy, "overlap": overlaps(directory)}
-
-
-def updates_of(arm: Arm, seed: int, directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def updates_of(arm: Arm, seed: int, directory: Path) -> Updates:
     """Path → (W0, ΔW) of the arm's run at its best rate, from the weights that it kept."""
     model, _ = begin(arm, seed, directory)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -279,63 +223,6 @@ def updates_of(arm: Arm, seed: int, directory: Path) -> dict[str, tuple[Tensor, 
     model.load_state_dict(kept, strict=False)
     model.tie_weights()
     return updates(before, model)
-
-
-def anatomies(arm: Arm, directory: Path) -> list[dict[str, float]]:
-    """For each seed the mean over the matrices of what `anatomy.measures` says of an update."""
-    return [mean({path: measures(*pair) for path, pair in updates_of(arm, seed, directory).items()}) for seed in SEEDS]
-
-
-def overlaps(directory: Path) -> dict[str, list[dict[str, float]]]:
-    """How like each other the updates of two runs are, mean over the matrices, by pair of runs; none unfinished."""
-    arms = [named("tasks", name) for name in ("full", "r = 8")]
-    if not all(finished(results(directory, arm)) for arm in arms):
-        return {}
-    full, low = ([updates_of(arm, seed, directory) for seed in SEEDS] for arm in arms)
-
-    def pair(one, other):
-        return mean({path: overlap(one[path][1], other[path][1]) for path in one})
-
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    return {
-        "full, two seeds": [pair(full[i], full[j]) for i, j in pairs],
-        "r = 8, two seeds": [pair(low[i], low[j]) for i, j in pairs],
-        "full and r = 8": [pair(full[i], low[i]) for i in SEEDS],
-    }
-
-
-def shipped(part: str = "experiments") -> dict:
-    """A part of the record that ships with the course.
-
-    "experiments": experiment → arm → settings, best_rate, runs; "anatomy" and "overlap": what `anatomies` and
-    `overlaps` give; "made with": versions, processor, seeds. Errors: FileNotFoundError when it is not there, ValueError when it is damaged.
-    """
-    if not RECORD.exists():
-        raise FileNotFoundError(
-            f"{RECORD} is not there; python -m lora_ref.course.sweep --output DIR makes the runs (hours), and then "
-            "--output DIR --collect FILE the record"
-        )
-    try:
-        return json.loads(RECORD.read_text())[part]
-    except ValueError as error:
-        raise ValueError(f"{RECORD} is damaged ({error}); take it from the repository again") from None
-
-
-def tuned(arm: dict, key: str = "test") -> list:
-    """One value for each seed: what the arm's runs at its best rate measured. Errors: LookupError, as `named`."""
-    runs = [run for run in arm["runs"] if run["rate"] == arm["best_rate"]]
-    if not all(key in run for run in runs):
-        raise LookupError(f"the runs did not measure {key!r}; they have {', '.join(map(repr, runs[0]))}")
-    return [run[key] for run in runs]
-
-
-def named(experiment: str, name: str) -> Arm:
-    """The arm of this name. Errors: LookupError, with the names that there are."""
-    for arm in ARMS:
-        if (arm.experiment, arm.name) == (experiment, name):
-            return arm
-    known = ", ".join(repr(arm.name) for arm in ARMS if arm.experiment == experiment)
-    raise LookupError(f"no arm {name!r} in {experiment!r}; it has {known or 'none: there is no such experiment'}")
 
 
 def share(text: str) -> tuple[int, int]:
@@ -359,12 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.collect:
         if args.collect.is_dir() or not args.collect.absolute().parent.is_dir():
             parser.error(f"--collect {args.collect} cannot be written; name a file in a directory that exists")
-        record = collect(args.output)
+        record = collect(ARMS, args.output, updates_of)
         if not record["experiments"]:
             parser.error(f"--output {args.output} has no finished arm to collect; run the sweep there first")
-        beside = args.collect.with_name(args.collect.name + ".part")
-        beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        beside.replace(args.collect)
+        write_json(record, args.collect)
         return 0
     (args.output / "runs").mkdir(parents=True, exist_ok=True)
     (args.output / "weights").mkdir(exist_ok=True)

@@ -289,6 +289,21 @@ def test_bleu_is_sacrebleus_of_the_corpus_with_all_references(judged):
     assert bleu(texts, references) == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "texts, references, says",
+    [
+        (["The pub is cheap."], ["The pub is cheap."], ["text 0", "'The pub is cheap.'", "[[reference], …]"]),
+        (["a", "b"], [["a"], "It rains."], ["text 1", "'It rains.'", "a list for each text"]),
+        (["a", "b"], "It rains.", ["text 0", "'It rains.'", "[[reference], …]"]),
+        ("It rains.", [["It rains."]], ["texts is the string 'It rains.'", "pass [text]"]),
+    ],
+)
+def test_bleu_refuses_a_string_whose_letters_it_would_score(texts, references, says):
+    with pytest.raises(TypeError) as error:
+        bleu(texts, references)
+    assert all(part in str(error.value) for part in says), error.value
+
+
 def test_bleu_takes_the_best_of_references_of_unequal_number():
     right, wrong = "the pub lies by the river today", "it may well rain in the evening"
     assert bleu([right], [[right]]) == pytest.approx(100)
