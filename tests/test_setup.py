@@ -68,6 +68,11 @@ def test_every_requirement_is_pinned_to_a_version_that_satisfies_it(requirement)
     assert requirement.specifier.contains(version), f"{requirement} excludes the pinned {version}"
 
 
+def test_what_the_hub_extra_brings_is_tested():
+    extras = PROJECT["optional-dependencies"]
+    assert extras["hub"] and set(extras["hub"]) <= set(extras["test"])
+
+
 @pinned
 def test_constraints_do_not_pin_the_project_itself():
     assert not {"lora-ref", "pip"} & pins().keys()

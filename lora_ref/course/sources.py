@@ -8,7 +8,6 @@ other is refused at once, with what to do. Local csv, tsv, json and jsonl files 
 import csv
 import importlib.util
 import json
-import os
 import random
 import re
 import socket
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from torch import nn
@@ -40,8 +40,8 @@ def load_model(name: str, task: str = "data-to-text", labels: int | None = None,
     """The model in float32 and eval mode: a causal language model, or a classifier of so many labels.
 
     `seed` draws what the files do not hold, such as a new classifier's head. Errors: FileNotFoundError for a directory
-    that is none or holds no model; ConnectionError for a Hub name that is neither cached nor to be reached; OSError
-    for a name that the Hub does not know.
+    that is none or holds no model; ConnectionError for a Hub name that is neither cached nor to be reached, or whose
+    download breaks off; OSError for a name that the Hub does not know.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -59,16 +59,16 @@ def _pretrained(kind: type, name: str, **options):
     local = is_local(name, "model")
     offline = local or not reachable()
     try:
-        with _quiet(offline):
+        with _asking(offline), _quiet():
             return kind.from_pretrained(name, local_files_only=offline, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)) and not _broke_off(error):
+            raise
         if local:
             raise FileNotFoundError(
                 f"{name} holds no model of this kind ({_first(error)}); name a directory that save_pretrained wrote"
             ) from None
-        if offline:
-            raise ConnectionError(unreachable(name, "model")) from None
-        raise OSError(f"{name} cannot be loaded from the Hub: {_first(error)}") from None
+        raise _refusal(name, "model", error, offline) from None
 
 
 def is_local(name: str, what: str) -> bool:
@@ -81,16 +81,18 @@ def is_local(name: str, what: str) -> bool:
 
 
 def reachable(seconds: float = 5.0) -> bool:
-    """Whether the Hub can be asked: not set offline, and its host (or a proxy, which is trusted) answers."""
+    """Whether the Hub can be asked: not set offline, and its host, or the proxy on the way to it, answers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlparse(constants.ENDPOINT)
+    url, proxies = urlparse(constants.ENDPOINT), getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(url.netloc):
+        url = urlparse(proxy if "://" in proxy else f"http://{proxy}")
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=seconds).close()
+        port = url.port or {"http": 80, "https": 443}.get(url.scheme, 1080)
+        socket.create_connection((url.hostname, port), timeout=seconds).close()
     except OSError:
         return False
     return True
@@ -100,21 +102,46 @@ def unreachable(name: str, what: str) -> str:
     """What was asked for, how to have it, what runs instead."""
     from huggingface_hub import constants
 
-    option = "--repo-type dataset " if what == "data set" else ""
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+    command = f"hf download {name}"
+    if what == "data set":  # of what `hf download` brings, `datasets` finds nothing again without a network
+        command = f"python -c \"from lora_ref.course.sources import load_tables; load_tables('{name}')\""
     return (
-        f"the {what} {name} is not in the local cache, and {constants.ENDPOINT} cannot be reached. Where there is a "
-        f"network, `hf download {option}{name}` puts it into HF_HOME (here {constants.HF_HOME}): set HF_HOME to a "
-        f"copy of that directory, or name a local directory instead of {name}. Without any of this, "
-        "--profile cpu-mini (a CPU) and --profile gpu-offline (a GPU) need no network"
+        f"the {what} {name} is not in the local cache, and {why}. Where there is a network, `{command}` puts it into "
+        f"HF_HOME (here {constants.HF_HOME}): set HF_HOME to a copy of that directory, or name a local directory "
+        f"instead of {name}. Without any of this, --profile cpu-mini (a CPU) and --profile gpu-offline (a GPU) need "
+        "no network"
     )
+
+
+def _refusal(name: str, what: str, error: Exception, offline: bool) -> OSError:
+    """What to raise for an error of the libraries, which come in many kinds and hide one another."""
+    if offline or isinstance(error, ConnectionError) or not reachable():
+        return ConnectionError(unreachable(name, what))
+    if cause := _broke_off(error):
+        return ConnectionError(f"the download of the {what} {name} failed: {_first(cause)}; try it again")
+    said, hint = " ".join(str(error).strip().split("\n")[:2]) or type(error).__name__, ""
+    if "scripts are no longer supported" in said:
+        hint = f"; its copy as parquet may do: {name.partition('@')[0]}@refs/convert/parquet"
+    return OSError(f"{name} cannot be loaded from the Hub: {said[:300]}{hint}")
+
+
+def _broke_off(error: BaseException | None) -> BaseException | None:
+    """The error of the network behind another error: httpx's (or httpx2's, by the Hub library's version) or Xet's."""
+    while error is not None:
+        if {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "XetDownloadError"}:
+            break
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def load_tables(name: str) -> dict[str, list[dict]]:
     """The parts of a data set, each a list of rows (column → value); at least "train".
 
     `name` is a file, a directory of files whose names begin with train, validation (dev, val) and test, or a Hub name,
-    NAME[:CONFIGURATION][@REVISION]. Errors: FileNotFoundError and ConnectionError as load_model's; ImportError for a
-    Hub name without the `datasets` library; ValueError for files that are not what their names say, or no rows.
+    NAME[:CONFIGURATION][@REVISION]. Errors: FileNotFoundError, ConnectionError and OSError as load_model's (OSError
+    also for a configuration or revision that is not there); ImportError for a Hub name without the `datasets` library;
+    ValueError for files that are not what their names say, or no rows.
     """
     if Path(name).is_file():
         tables = {"train": read_table(Path(name))}
@@ -151,31 +178,42 @@ def _hub_tables(name: str) -> dict[str, list[dict]]:
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(
             f"the data set {plain} is on the Hugging Face Hub, which the library `datasets` reads: pip install "
-            "datasets; or name a local csv, tsv, json or jsonl file, or a directory of them"
+            'datasets, or this project\'s extra, pip install -e ".[hub]"; or name a local csv, tsv, json or jsonl '
+            "file, or a directory of them"
         )
-    if not _cached(plain) and not reachable():
-        raise ConnectionError(unreachable(plain, "data set"))
+    offline = not reachable()
+    if offline and _commit(plain, revision) is None:
+        raise ConnectionError(unreachable(name, "data set"))
     import datasets
 
     try:
-        found = datasets.load_dataset(plain, configuration or None, revision=revision or None)
-    except Exception as error:  # of many kinds, by the library's version
-        if not reachable():
-            raise ConnectionError(unreachable(plain, "data set")) from None
-        raise OSError(f"{name} cannot be loaded from the Hub: {_first(error)}") from None
+        with _asking(offline), _silent(datasets):
+            found = datasets.load_dataset(plain, configuration or None, revision=revision or None)
+    except Exception as error:
+        raise _refusal(name, "data set", error, offline) from None
+    # Where a revision cannot be read, the library takes the latest in its cache, whichever that is.
+    kept = {Path(file["filename"]).parent.name for part in found.values() for file in part.cache_files}
+    if kept - {_commit(plain, revision)}:
+        if offline:
+            raise ConnectionError(unreachable(name, "data set"))
+        raise OSError(
+            f"{name} cannot be loaded from the Hub: `datasets` cannot read this revision (in its cache is another, "
+            f"{', '.join(kept)}); its copy as parquet may do: {name.partition('@')[0]}@refs/convert/parquet"
+        )
     tables = {part: [dict(row) for row in found[part]] for part in PARTS if part in found}
     if "train" not in tables:
         raise ValueError(f"{name} has no part named train; it has {', '.join(found)}")
     return tables
 
 
-def _cached(name: str) -> bool:
-    """Whether the local cache has something of this data set."""
+def _commit(name: str, revision: str) -> str | None:
+    """The commit that a data set's revision was when the Hub was last asked; None where it never was."""
     from huggingface_hub import constants
 
-    kept = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
-    places = [Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"]
-    return any(place.exists() for place in [*places, Path(kept) / name.replace("/", "___")])
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    file = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", revision or "main")
+    return file.read_text().strip() if file.is_file() else None
 
 
 def read_table(path: Path) -> list[dict]:
@@ -220,20 +258,43 @@ def _first(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(offline: bool) -> Iterator[None]:
-    """Without transformers' bars and reports of what was loaded; offline, also without asking the Hub again and again
-    for files that a model may lack."""
+def _asking(offline: bool) -> Iterator[None]:
+    """Offline, without asking the Hub again and again for files that it may not even have."""
     from huggingface_hub import constants
-    from transformers.utils import logging
 
-    shown, level, asked = logging.is_progress_bar_enabled(), logging.get_verbosity(), constants.HF_HUB_OFFLINE
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    constants.HF_HUB_OFFLINE = asked or offline
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = asked
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and reports of what was loaded."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _silent(datasets) -> Iterator[None]:
+    """Without the bars and warnings of `datasets`."""
+    hidden, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not hidden:
+            datasets.enable_progress_bars()

@@ -1,10 +1,10 @@
 """course/sources.py: models and tables from directories and files, the Hub by name, and what is said without it."""
 
 import json
+import os
 import socket
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -22,8 +22,9 @@ def no_network(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise socket.gaierror("Name or service not known")
 
-    for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_DATASETS_CACHE"):
-        monkeypatch.delenv(key, raising=False)
+    for key in list(os.environ):
+        if key.lower().endswith("_proxy"):
+            monkeypatch.delenv(key)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
@@ -56,14 +57,39 @@ def test_without_a_network_a_name_is_refused_at_once_with_what_to_do(no_network,
         load_tokenizer("FacebookAI/roberta-base")
 
 
-def test_offline_by_setting_and_behind_a_proxy(monkeypatch, no_network):
+def test_offline_by_setting(monkeypatch, no_network):
     from huggingface_hub import constants
 
-    assert not sources.reachable()
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    assert sources.reachable()
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: pytest.fail("it asks"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not sources.reachable()
+    with pytest.raises(ConnectionError, match="is not in the local cache, and HF_HUB_OFFLINE is set"):
+        load_model("owner/name")
+
+
+@pytest.mark.parametrize(
+    "endpoint, proxies, address",
+    [
+        ("https://huggingface.co", {}, ("huggingface.co", 443)),
+        ("http://mirror", {}, ("mirror", 80)),
+        ("http://127.0.0.1:8080", {}, ("127.0.0.1", 8080)),
+        ("https://[::1]:8443/hub", {}, ("::1", 8443)),
+        ("https://mirror", {"HTTPS_PROXY": "http://proxy:3128"}, ("proxy", 3128)),
+        ("https://mirror", {"all_proxy": "socks5://user:word@proxy"}, ("proxy", 1080)),
+        ("https://mirror", {"https_proxy": "proxy:3128", "no_proxy": "mirror"}, ("mirror", 443)),
+        ("http://mirror", {"HTTPS_PROXY": "http://proxy:3128"}, ("mirror", 80)),
+    ],
+)
+def test_the_endpoint_or_the_proxy_on_the_way_is_asked(no_network, monkeypatch, endpoint, proxies, address):
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    for key, value in proxies.items():
+        monkeypatch.setenv(key, value)
+    assert not sources.reachable()
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or socket.socket())
+    assert sources.reachable() and asked == [address]
 
 
 def test_directories_without_a_model_and_names_that_can_be_none(tmp_path):
@@ -131,42 +157,19 @@ def test_a_data_set_without_rows_is_refused(tmp_path, refused):
 
 def test_a_hub_name_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install datasets; or name a local csv"):
+    with pytest.raises(
+        ImportError, match=r'pip install datasets, or .* pip install -e "\.\[hub\]"; or name a local csv'
+    ):
         load_tables("tuetschek/e2e_nlg")
 
 
-def test_a_hub_name_goes_to_the_library_with_configuration_and_revision(monkeypatch, no_network):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return {"train": [{"sentence": "a", "label": 1}], "test": [{"sentence": "b", "label": -1}], "extra": []}
-
-    fake = types.ModuleType("datasets")
-    fake.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+def test_without_a_network_a_data_set_is_refused_at_once_with_what_to_do(no_network, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(ConnectionError, match="hf download --repo-type dataset nyu-mll/glue"):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # it is not even imported
+    with pytest.raises(ConnectionError) as error:
         load_tables("nyu-mll/glue:sst2@abc")
-    assert calls == []
-    monkeypatch.setattr(sources, "reachable", lambda: True)
-    tables = load_tables("nyu-mll/glue:sst2@refs/convert/parquet")
-    assert calls == [(("nyu-mll/glue", "sst2"), {"revision": "refs/convert/parquet"})]
-    assert set(tables) == {"train", "test"} and tables["train"] == [{"sentence": "a", "label": 1}]
-
-
-def test_what_the_library_says_is_passed_on(monkeypatch):
-    fake = types.ModuleType("datasets")
-
-    def load_dataset(*args, **kwargs):
-        raise RuntimeError("Dataset scripts are no longer supported, but found x.py\nmore")
-
-    fake.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(sources, "reachable", lambda: True)
-    with pytest.raises(OSError, match="a/b cannot be loaded from the Hub: Dataset scripts .* x.py$"):
-        load_tables("a/b")
+    for part in ("load_tables('nyu-mll/glue:sst2@abc')", "HF_HOME", "cpu-mini", "gpu-offline"):
+        assert part in str(error.value)
 
 
 def test_missing_parts_are_cut_from_the_training_part_disjointly_and_the_same_each_time(refused):
