@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..model import add_lora, plan_lora
+from .many import many
 from .profiles import Profile
 from .tasks import Task
 
@@ -45,14 +46,20 @@ def lora_config(arm: str, p: Profile, task: Task) -> LoRAConfig | None:
     )
 
 
-def adapted(model: nn.Module, config: LoRAConfig | None, p: Profile, seed: int) -> nn.Module:
-    """The model as it is trained: adapted (its frozen weights in the profile's type) or whole, checkpointing or not."""
+def adapted(model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, p: Profile, seed: int) -> nn.Module:
+    """The model as it is trained: adapted (its frozen weights in the profile's type) or whole, checkpointing or not.
+
+    A list of configs makes adapters side by side, each of which begins as it does alone.
+    """
     if config is None:
         model.requires_grad_(True)
     else:
         for parameter in model.parameters():  # not the buffers: 16 bits would spoil the positions' frequencies
             parameter.data = parameter.data.to(DTYPES[p.frozen])
-        add_lora(model, config, generator=torch.Generator().manual_seed(seed))
+        if isinstance(config, list):
+            many(model, config, [torch.Generator().manual_seed(seed) for _ in config])
+        else:
+            add_lora(model, config, generator=torch.Generator().manual_seed(seed))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -93,8 +100,14 @@ def check_model(model: nn.Module, tokenizer, task: Task, p: Profile) -> None:
         config = lora_config(arm, p, task)
         if config is not None:
             for path, own in plan_lora(model, config).layers.items():
-                smallest = min(model.get_submodule(path).weight.shape)
+                layer = model.get_submodule(path)
+                smallest = min(layer.weight.shape)
                 if own.r > smallest:
                     raise ValueError(f"arms has {arm!r}, but {path} has rank {smallest} at most; lower it")
+                if p.together > 1 and not isinstance(layer, nn.Linear):
+                    raise ValueError(
+                        f"together = {p.together}, but {path} is a {type(layer).__name__}, and adapters at once are "
+                        "for nn.Linear; choose together = 1"
+                    )
     if p.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} supports no gradient checkpointing; leave checkpointing false")

@@ -6,12 +6,14 @@ The profile is a row of lora_ref.course.profiles, and every field of it an optio
 lora_ref.course.finetune …` runs it in several processes. DIR ends with record.json (see lora_ref.course.records), the
 adapters in PEFT's format and the log. Interrupted or killed, the same command goes on where it was.
 
-For each arm (full, or a rank) the learning rate is chosen on validation examples with the first seed; where the best
-one is the smallest or the largest of those given, the list goes on in that direction. The other seeds run at that rate.
+For each arm (full, or a rank) the learning rate is chosen on validation examples: see lora_ref.course.search. With
+--together E the search trains up to E adapters at once on one frozen base: see lora_ref.course.many.
 """
 
+import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,17 +26,17 @@ from ..config import LoRAConfig
 from ..model import count_parameters, merge
 from . import machine
 from .arms import accelerator_for, adapted, check_model, lora_config
+from .many import each, factors, only
 from .new_base import check_packages, make_base, new_model
 from .profiles import Profile, arguments, profile
 from .records import FORMAT, load_record, write_record
-from .report import peak, shown_samples, speed, summary, table
-from .running import out_of_memory, process_lost, reason
+from .report import shown_samples, summary, table, training
+from .running import Diverged, fault, out_of_memory, process_lost, reason
+from .search import Trial, best, following, name_of
 from .sources import load_model, load_tokenizer
 from .tasks import Task, make_task
 from .training import History, train
 from .workplace import Workplace
-
-FURTHER = 4  # rates beyond the list, at most
 
 
 def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progress: bool = True, **overrides) -> dict:
@@ -75,6 +77,11 @@ class Finetuning:
                 f"batch = {p.batch} is no multiple of {self.processes} process(es) × accumulate = {p.accumulate}; "
                 f"each must have as many examples: choose a batch such as {self.processes * p.accumulate * 4}"
             )
+        if p.together > 1 and self.processes > 1:
+            raise ValueError(
+                f"together = {p.together}, but adapters at once share one process, and there are {self.processes}; add "
+                "--together 1"
+            )
         if self.new:
             check_packages(p)
         self.tokenizer = load_tokenizer("prose_llama" if self.new else p.model)
@@ -97,12 +104,9 @@ class Finetuning:
         place.say(f"{self.name}: {p.model} on {p.data}, {self.accelerator.device}, {self.processes} process(es)")
         if self.task.dropped:
             place.say(f"{self.task.dropped} examples of more than {p.length} tokens are left out")
-        runs, diverged = [], []
         try:
             bits = make_base(p, place, self.accelerator, self.progress) if self.new else None
-            for arm in p.arms:
-                found, lost = self.tuned(arm)
-                runs, diverged = runs + found, diverged + lost
+            runs, diverged = self.searched()
         finally:
             place.stamp()
         record = {
@@ -127,117 +131,121 @@ class Finetuning:
         self.accelerator.wait_for_everyone()
         return record
 
-    def tuned(self, arm: str) -> tuple[list[dict], list[dict]]:
-        """(the arm's runs, those that diverged): all rates with the first seed, then the best with the others."""
-        rates = sorted(self.p.full_rates if arm == "full" else self.p.lora_rates)
-        first, found, lost = self.p.seeds[0], {}, []
+    def searched(self) -> tuple[list[dict], list[dict]]:
+        """(the runs, those that diverged), arm by arm: the search, then the other seeds."""
+        p, done, known = self.p, {}, {}
+        while groups := following(p, known):
+            for trials in groups:
+                done |= zip(trials, self.done(trials))
+                known = {trial: run.get("validation", math.inf) for trial, run in done.items()}
+        chosen = {arm: best(p, arm, known) for arm in p.arms}
+        ordered = sorted(done, key=lambda trial: p.arms.index(trial.arm))
+        runs = [done[t] | {"chosen": t.rate == chosen[t.arm]} for t in ordered if "reason" not in done[t]]
+        return runs, [done[trial] for trial in ordered if "reason" in done[trial]]
 
-        def attempt(seed: int, rate: float) -> float:
-            run = self.one(arm, seed, rate)
-            if "reason" in run:
-                lost.append(run)
-                return float("inf")
-            found[seed, rate] = run
-            return run["validation"]
+    def done(self, trials: list[Trial]) -> list[dict]:
+        """What the record says of these trainings, which are done at once if there are several.
 
-        seen = {rate: attempt(first, rate) for rate in rates}
-        for _ in range(FURTHER if len(rates) > 1 else 0):
-            best, ordered = min(seen, key=seen.get), sorted(seen)
-            if best not in (ordered[0], ordered[-1]) or seen[best] == float("inf"):
-                break
-            ratio = ordered[1] / ordered[0] if best == ordered[0] else ordered[-2] / ordered[-1]
-            seen[best / ratio] = attempt(first, best / ratio)
-        best = min(seen, key=seen.get)
-        if seen[best] == float("inf"):
-            name = "full_rates" if arm == "full" else "lora_rates"
-            raise FloatingPointError(f"{arm} diverged at every rate, {', '.join(f'{r:g}' for r in seen)}; lower {name}")
-        for seed in self.p.seeds[1:]:
-            attempt(seed, best)
-        return [run | {"chosen": rate == best} for (_, rate), run in found.items()], lost
-
-    def one(self, arm: str, seed: int, rate: float) -> dict:
-        """One training: what the record says of it. Done before, it is read; begun before, it is gone on with."""
-        name, p = f"{arm.replace('=', '')}-seed{seed}-{rate:.3g}", self.p
-        if (known := self.place.read(name)) is not None:
+        Done before, they are read; begun before, they are gone on with.
+        """
+        p, names, name = self.p, [name_of([trial]) for trial in trials], name_of(trials)
+        known = [self.place.read(own) for own in names]
+        if None not in known:
+            self.place.drop(name)
             return known
-        before, texts = self.before(seed)
+        seed, several = trials[0].seed, len(trials) > 1
+        before = self.before(seed)
         accelerator = self.accelerator = accelerator_for(p)
-        config = lora_config(arm, p, self.task)
-        model = adapted(self.base(seed), config, p, seed)
+        configs = [lora_config(trial.arm, p, self.task) for trial in trials]
+        model = adapted(self.base(seed), configs if several else configs[0], p, seed)
         torch.manual_seed(1009 * seed + accelerator.process_index)
         plan, meter = self.task.plan(seed), machine.Energy(accelerator.device)
         try:
-            history = self.train(model, rate, plan, accelerator, name)
-        except FloatingPointError as error:
-            run = {"arm": arm, "seed": seed, "rate": rate, "reason": str(error).split(";")[0]}
-            self.place.say(f"{arm:<6} seed {seed}  rate {rate:<8.3g}  diverged: {run['reason']}")
-            self.place.write(name, run)
-            accelerator.wait_for_everyone()
-            return run
+            history = self.train(model, trials, plan, accelerator, name)
+        except Diverged as error:
+            history = History(error.losses, [])
         joules = meter.joules() if history.resumed_at == 0 and self.processes == 1 else None
-        if accelerator.distributed_type == "FSDP":
-            model = self.gathered(config, seed, name)
+        tokens = [self.task.tokens(chosen) for chosen in plan]
+        if accelerator.distributed_type == "FSDP" and history.evaluations:
+            model = self.gathered(configs[0], seed, name)
+        for e, trial in enumerate(trials):
+            if known[e] is not None:
+                continue
+            own = history.member(e) if several else history
+            if reason := fault(enumerate(own.losses)) or fault(own.evaluations, "the validation loss"):
+                run, said = trial._asdict() | {"reason": reason}, f"diverged: {reason}"
+            else:
+                told = {"together": len(trials), "energy_joules": joules}
+                told |= training(own, tokens, self.probe(plan), len(trials))
+                with only(model, e) if several else nullcontext():
+                    run = self.outcome(model, configs[e], trial, told, before)
+                said = summary(run)
+            self.place.say(f"{trial.arm:<6} seed {seed}  rate {trial.rate:<8.3g}  {said}")
+            self.place.write(names[e], run)
+        self.place.drop(name)
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        return [self.place.read(own) for own in names]  # the first process's, in all of them
+
+    def outcome(self, model: nn.Module, config: LoRAConfig | None, trial: Trial, told: dict, before: tuple) -> dict:
+        """What the record says of one training: its model is judged, its adapter saved."""
         count = count_parameters(model)
-        if config is not None and p.frozen == "fp32":
+        if config is not None and self.p.frozen == "fp32":
             merge(model)
         measures, answers = self.task.judge(model.eval())
-        directory = None if config is None else f"adapters/{name}"
+        directory = None if config is None else f"adapters/{name_of([trial])}"
         if config is not None and self.place.first:
             save_adapter(model, self.place.directory / directory)
-        asked = self.task.asked()[: p.samples]
-        run = {
-            "arm": arm,
+        asked = self.task.asked()[: self.p.samples]
+        return {
+            "arm": trial.arm,
             "adapter": None if config is None else asdict(config),
-            "seed": seed,
-            "rate": rate,
+            "seed": trial.seed,
+            "rate": trial.rate,
             "chosen": False,
             "parameters_trained": count.trainable,
             "parameters": count.total,
-            **speed(history, [self.task.tokens(chosen) for chosen in plan], self.probe(plan)),
-            "peak_bytes": peak(history),
-            "energy_joules": joules,
-            "losses": history.losses,
-            "curve": [{"step": step, "loss": loss} for step, loss in history.evaluations],
-            "validation": history.evaluations[-1][1],
-            "before": before,
+            **told,
+            "before": before[0],
             "after": measures,
             "samples": [
-                {"input": i, "reference": r, "before": b, "after": a} for (i, r), b, a in zip(asked, texts, answers)
+                {"input": i, "reference": r, "before": b, "after": a} for (i, r), b, a in zip(asked, before[1], answers)
             ],
-            "seconds": history.seconds,
             "adapter_directory": directory,
         }
-        self.place.say(f"{arm:<6} seed {seed}  rate {rate:<8.3g}  {summary(run)}")
-        self.place.write(name, run)
-        accelerator.free_memory()
-        accelerator.wait_for_everyone()
-        return self.place.read(name)  # the first process's, in all of them
 
-    def train(self, model: nn.Module, rate: float, plan: list[list[int]], accelerator, name: str) -> History:
-        p = self.p
-        tokens = sum(map(self.task.tokens, plan)) // len(plan)
+    def train(self, model: nn.Module, trials: list[Trial], plan: list[list[int]], accelerator, name: str) -> History:
+        p, n, rate, groups = self.p, len(trials), trials[0].rate, None
+
+        def score(model: nn.Module) -> float:
+            return self.task.held_out(model, "validation")
+
+        if n > 1:
+            rate, groups = 1.0, [{"params": factors(model, e), "rate": t.rate} for e, t in enumerate(trials)]
         try:
             return train(
                 model,
-                self.task.loss(plan, accelerator.process_index, self.processes),
+                self.task.loss(plan, accelerator.process_index, self.processes, n),
                 p.steps,
                 rate,
+                groups=groups,
                 warmup=p.warmup_steps,
                 weight_decay=p.weight_decay,
                 clip=p.clip,
-                evaluate=lambda model: self.task.held_out(model, "validation"),
+                evaluate=score if n == 1 else lambda model: each(model, score),
                 every=max(1, p.steps // p.evaluations),
                 checkpoint=self.place.checkpoint(name),
-                tokens=tokens,
+                tokens=n * sum(map(self.task.tokens, plan)) // len(plan),
                 progress=self.progress,
                 accelerator=accelerator,
                 accumulate=p.accumulate,
                 probe=self.probe(plan),
             )
         except MemoryError as error:
+            fewer = f" or --together {n // 2} (now {p.together})" if n > 1 else ""
             raise MemoryError(
                 f"{error}. The same command goes on from there with --accumulate {2 * p.accumulate} (now "
-                f"{p.accumulate}) or --checkpointing true (now {str(p.checkpointing).lower()}), which change no "
+                f"{p.accumulate}) or --checkpointing true (now {str(p.checkpointing).lower()}){fewer}, which change no "
                 f"result; or begin anew, into another output, with a lower --batch ({p.batch}) or --length ({p.length})"
             ) from None
 

@@ -53,6 +53,10 @@ def train(
     run goes on from it, and on a CPU ends bit for bit as if it had never stopped. It holds what is trained,
     not what is frozen. `tokens` a step and `progress` are for the bar.
 
+    A loss of shape (E,), one for each of E `groups` that depends on that group alone, makes them E runs, trained at
+    once: backward of the sum, each gradient's norm clipped by itself, a list of E losses a step in the history. A run
+    whose loss is not finite rests from there on; the others do not notice.
+
     `accumulate` > 1 calls loss(model, t, part) for each part = 0 … accumulate − 1 and takes one step for all. With
     several processes (`accelerator`) each calls its own. The parts of all of them ADD UP to the step's loss: a mean
     over tokens has in each part the part's sum over the step's whole number of tokens. Evaluations run in every
@@ -61,8 +65,10 @@ def train(
     An interrupt (SIGINT, SIGTERM) with a `checkpoint` lets the step end, saves, and raises KeyboardInterrupt.
 
     Errors: ValueError for nothing to train, steps or every < 1, a rate that is not positive, a checkpoint of
-    another run. FloatingPointError, naming the step, when the loss is not finite; MemoryError when memory does not
-    suffice; RuntimeError when another process has died: what was saved stays, and the message says where.
+    another run, a loss of another shape, one for each group in several processes or fp16. FloatingPointError
+    (`Diverged`), naming the step, when the loss is not finite, or the last of E runs has diverged; MemoryError when
+    memory does not suffice; RuntimeError when another process has died: what was saved stays, and the message says
+    where.
     """
     steps, every = check_integer(steps, "steps", 1), check_integer(every, "every", 1)
     warmup = check_integer(warmup, "warmup", 0, steps - 1, f"there are {steps} steps")
@@ -72,7 +78,8 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(model).__name__} trains nothing; set requires_grad_(True) on what is to be trained")
-    groups = [{"params": list(trained.values())}] if groups is None else [dict(group) for group in groups]
+    given = groups is not None
+    groups = [dict(group) for group in groups] if given else [{"params": list(trained.values())}]
     ratios = [group.pop("rate", 1.0) for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=weight_decay)
     settings = {
@@ -80,7 +87,7 @@ def train(
         "rate": rate,
         "warmup": warmup,
         "trained": {n: list(p.shape) for n, p in trained.items()},
-    }
+    } | ({"ratios": ratios} if given else {})
     run = Run(model, loss, optimizer, settings, clip, evaluate, checkpoint, accelerator, accumulate)
     run.resume()
     history, at = run.history, run.done
@@ -139,7 +146,8 @@ def _interrupts(armed: bool) -> Iterator[list[int]]:
 
 def _shown(history: History, tokens: int, device: torch.device) -> dict[str, str]:
     """What the bar says beside the steps and the time left."""
-    shown = {"loss": f"{history.losses[-1]:.3f}"}
+    last = history.losses[-1]
+    shown = {"loss": f"{last:.3f}" if isinstance(last, float) else f"{min(filter(math.isfinite, last)):.3f} at best"}
     if tokens:
         recent = history.step_seconds[-10:]
         shown["tokens/s"] = f"{tokens * len(recent) / sum(recent):,.0f}"

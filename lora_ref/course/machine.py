@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("lora_ref", "torch", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "sacrebleu")
+LIBRARIES = (
+    "lora_ref",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "sacrebleu",
+    "datasets",
+)
 RAPL = Path("/sys/class/powercap")
 
 

@@ -47,6 +47,7 @@ class Profile:
     seeds: tuple[int, ...] = setting((0,), "rates are chosen on the first", 0)
     full_rates: tuple[float, ...] = setting((4e-3,), "peak learning rates of full fine-tuning", 1e-9, 10)
     lora_rates: tuple[float, ...] = setting((8e-3,), "peak learning rates of LoRA", 1e-9, 10)
+    together: int = setting(1, "adapters that are trained at once while rates are searched", 1, unit="adapters")
     steps: int = setting(100, "steps of a run", 2, unit="steps")
     batch: int = setting(16, "examples of a step, over all processes and parts", 1, unit="examples")
     accumulate: int = setting(1, "parts that a step is done in, one after the other", 1, unit="parts")
@@ -88,6 +89,16 @@ class Profile:
             raise ValueError(
                 f"model = {self.model!r} writes text; task = 'classification' needs a classifier's directory or name"
             )
+        if self.together > 1 and self.task == "classification":
+            raise ValueError(
+                f"together = {self.together}, but each adapter of a classifier trains the head of the model too, which "
+                "adapters at once would share; choose together = 1"
+            )
+        if self.together > 1 and self.precision == "fp16":
+            raise ValueError(
+                f"together = {self.together}, but fp16 scales all gradients by one number, which adapters at once "
+                "would share; choose precision = 'bf16', or together = 1"
+            )
         if self.model == "new" and self.base_hidden % (2 * self.base_heads):
             raise ValueError(
                 f"base_hidden = {self.base_hidden} is no multiple of 2·base_heads = {2 * self.base_heads}; a head's "
@@ -122,9 +133,8 @@ def near(name: str, known) -> str:
 
 def parse(name: str, words: list[str]) -> object:
     """The value of a field as the command line gives it. Errors: ValueError with the field."""
-    kind = next(f.type for f in fields(Profile) if f.name == name)
-    item = kind if isinstance(kind, type) and not hasattr(kind, "__args__") else kind.__args__[0]
-    if item is kind and len(words) != 1:
+    item, several = _kind(next(f for f in fields(Profile) if f.name == name))
+    if not several and len(words) != 1:
         raise ValueError(f"{name} takes one value, got {' '.join(words)}")
     values = []
     for word in words:
@@ -137,7 +147,7 @@ def parse(name: str, words: list[str]) -> object:
             values.append(item(word))
         except ValueError:
             raise ValueError(f"{name} takes {'an integer' if item is int else 'a number'}, got {word!r}") from None
-    return values[0] if item is kind else tuple(values)
+    return tuple(values) if several else values[0]
 
 
 def arguments(argv: list[str] | None, about: str) -> tuple[argparse.Namespace, dict]:
@@ -147,9 +157,8 @@ def arguments(argv: list[str] | None, about: str) -> tuple[argparse.Namespace, d
     parser.add_argument("--output", type=Path, required=True, help="the run's directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for f in fields(Profile):
-        several = hasattr(f.type, "__args__")
-        meaning = f.metadata["meaning"].replace("%", "%%")
-        parser.add_argument(option(f.name), dest=f.name, nargs="+", metavar="X" if not several else "X …", help=meaning)
+        meaning, metavar = f.metadata["meaning"].replace("%", "%%"), "X …" if _kind(f)[1] else "X"
+        parser.add_argument(option(f.name), dest=f.name, nargs="+", metavar=metavar, help=meaning)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option(f.name) for f in fields(Profile)] + ["--profile", "--output", "--quiet"]
@@ -162,10 +171,14 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _kind(f) -> tuple[type, bool]:
+    """(the type of a field's items, whether it is a list of them)."""
+    return (f.type.__args__[0], True) if hasattr(f.type, "__args__") else (f.type, False)
+
+
 def _checked(f, value):
     """The value of a field, in its type and range."""
-    several = hasattr(f.type, "__args__")
-    item = f.type.__args__[0] if several else f.type
+    item, several = _kind(f)
     if not several:
         return _item(f.name, value, item, f.metadata)
     if isinstance(value, str) or not isinstance(value, (list, tuple)) or not value:
@@ -235,6 +248,7 @@ PROFILES = {
         seeds=(0, 1, 2),
         full_rates=(1e-4, 2e-4, 4e-4),
         lora_rates=(1e-3, 2e-3, 4e-3),
+        together=9,
         steps=400,
         batch=32,
         precision="bf16",

@@ -6,13 +6,24 @@ from ..measure import quartiles
 from .training import History
 
 
-def speed(history: History, tokens: list[int], probe: int | None) -> dict:
-    """The record's tokens, tokens_per_s, step_ms; the first step and the measured one are no fair ones."""
+def training(history: History, tokens: list[int], probe: int | None, together: int = 1) -> dict:
+    """The record's account of one run's training; of several at once, speed, memory and seconds are those of all."""
+    return speed(history, tokens, probe, together) | {
+        "peak_bytes": peak(history),
+        "losses": history.losses,
+        "curve": [{"step": step, "loss": loss} for step, loss in history.evaluations],
+        "validation": history.evaluations[-1][1],
+        "seconds": history.seconds,
+    }
+
+
+def speed(history: History, tokens: list[int], probe: int | None, together: int = 1) -> dict:
+    """The record's tokens (one run's), tokens_per_s, step_ms; the first step and the measured one are no fair ones."""
     fair = [t for t in range(len(tokens)) if t not in (0, probe)] or list(range(len(tokens)))
     seconds = [history.step_seconds[t] for t in fair]
     return {
         "tokens": sum(tokens),
-        "tokens_per_s": sum(tokens[t] for t in fair) / sum(seconds),
+        "tokens_per_s": together * sum(tokens[t] for t in fair) / sum(seconds),
         "step_ms": {name: 1e3 * value for name, value in quartiles(seconds).items()},
     }
 
@@ -29,6 +40,7 @@ def peak(history: History) -> dict:
 
 def summary(run: dict) -> str:
     """What came out, in a line."""
+    others = "" if run["together"] == 1 else f" by {run['together']} adapters at once"
     names = {"loss": "loss {:.3f}", "bleu": "BLEU {:.1f}", "slot_errors": "slot errors {:.3f}"}
     names |= {"accuracy": "accuracy {:.3f}", "f1": "F1 {:.3f}"}
     said = [form.format(run["after"][key]) for key, form in names.items() if run["after"][key] is not None]
@@ -36,14 +48,17 @@ def summary(run: dict) -> str:
         [
             f"validation {run['validation']:.3f}",
             *said,
-            f"{run['tokens_per_s']:,.0f} tokens/s",
+            f"{run['tokens_per_s']:,.0f} tokens/s{others}",
             f"{run['seconds']:.0f} s",
         ]
     )
 
 
 def table(record: dict) -> str:
-    """The arms at their best rates, means over seeds ± their standard deviation, beside the untrained base."""
+    """The arms at their best rates, means over seeds ± their standard deviation, beside the untrained base.
+
+    Speed and memory are those of runs that trained alone, where there are any.
+    """
     measures = [
         k for k in ("loss", "bleu", "slot_errors", "accuracy", "f1") if record["runs"][0]["after"][k] is not None
     ]
@@ -60,13 +75,14 @@ def table(record: dict) -> str:
     rows = [["base", "0", "0 %", "", *(_mean([record["runs"][0]["before"][k]]) for k in measures), "", "", ""]]
     for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
         runs = [run for run in record["runs"] if run["arm"] == arm and run["chosen"]]
-        one, peaks = runs[0], [run["peak_bytes"]["total"] for run in runs]
+        one, alone = runs[0], [run for run in runs if run["together"] == 1]
+        peaks = [run["peak_bytes"]["total"] for run in alone] or [None]
+        speeds = [run["tokens_per_s"] for run in alone], [run["step_ms"]["median"] for run in alone]
         share = 100 * one["parameters_trained"] / one["parameters"]
         rows.append(
             [arm, f"{one['parameters_trained']:,}", f"{share:.3g} %", f"{one['rate']:.2g}"]
             + [_mean([run["after"][k] for run in runs]) for k in measures]
-            + [f"{statistics.mean(run['tokens_per_s'] for run in runs):,.0f}"]
-            + [f"{statistics.mean(run['step_ms']['median'] for run in runs):.1f}"]
+            + [f"{statistics.mean(v):,.{digits}f}" if v else "unknown" for v, digits in zip(speeds, (0, 1))]
             + ["unknown" if None in peaks else f"{max(peaks) / 1e6:,.1f}"]
         )
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]

@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,17 +18,37 @@ from ..measure import peak_bytes
 class History:
     """What `train` did.
 
-    losses: of every step, in nats. evaluations: (steps done, what `evaluate` returned). seconds: of all, evaluations
+    losses: of every step, in nats; where several runs train at once, a list of theirs. evaluations: (steps done, what
+    `evaluate` returned). seconds: of all, evaluations
     included; step_seconds: of each step. memory: bytes in the step `probe`, {"peak", "weights", "gradients",
     "optimizer"}, of this process; the peak's rest is activations and scratch tensors.
     """
 
-    losses: list[float]
+    losses: list[float] | list[list[float]]
     evaluations: list[tuple[int, object]]
     seconds: float = 0.0
     resumed_at: int = 0
     step_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] | None = None
+
+    def member(self, e: int) -> "History":
+        """Run e of several that trained at once: its losses and evaluations; times and bytes are those of all."""
+        own = [losses[e] for losses in self.losses]
+        return replace(self, losses=own, evaluations=[(step, found[e]) for step, found in self.evaluations])
+
+
+class Diverged(FloatingPointError):
+    """The loss is not finite; of several runs trained at once, every one's. `losses` are the history's, this step's
+    included."""
+
+    def __init__(self, said: str, losses: list):
+        super().__init__(said)
+        self.losses = losses
+
+
+def fault(losses: Iterable[tuple[int, float]], what: str = "the loss") -> str | None:
+    """The first of some (step, loss) whose loss is not finite, in words; None where there is none."""
+    return next((f"{what} is {loss} at step {t}" for t, loss in losses if not math.isfinite(loss)), None)
 
 
 class Run:
@@ -40,6 +60,7 @@ class Run:
         self.evaluate, self.checkpoint, self.accumulate = evaluate, checkpoint, accumulate
         self.accelerator, self.sharded = accelerator, False
         self.history, self.done, self.saved = History([], []), 0, None
+        self.ended: set[int] = set()  # of several runs trained at once, those that diverged
         self.start = time.perf_counter()
         if accelerator is not None:
             self.sharded = accelerator.distributed_type == "FSDP"
@@ -59,27 +80,57 @@ class Run:
         """Of the whole run, earlier sittings included."""
         return self.history.seconds + time.perf_counter() - self.start
 
-    def step(self, t: int, told: list) -> tuple[float, bool]:
+    def step(self, t: int, told: list) -> tuple[float | list[float], bool]:
         """One step: (the loss, whether any process was told to stop). `told` holds something once this one was."""
         total = 0.0
         for part in range(self.accumulate):
             wait = self.several and not self.sharded and part < self.accumulate - 1
             with self.accelerator.no_sync(self.model) if wait else nullcontext():
                 value = self.loss(self.model, t, part) if self.accumulate > 1 else self.loss(self.model, t)
-                self.backward(value)
+                self.backward(self.summed(value) if value.ndim else value)
             total = total + value.detach()
         total, stopped = self.agreed(total, told)
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss is {total} at step {t}; lower the rate ({self.settings['rate']:g}) or clip more "
-                f"(clip = {self.clip}){self.kept()}"
-            )
+        self.end(total, t)
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        for e in self.ended:
+            for p in groups[e]:
+                p.grad = None
         if self.clip is not None:
             clip = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
-            clip(list(self.model.parameters()), self.clip)
+            for parameters in groups if isinstance(total, list) else [list(self.model.parameters())]:
+                clip(parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, stopped
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of the losses of several runs, one for each group of the optimizer: its gradient is each run's own.
+
+        Errors: ValueError for another number of losses, several processes, or a scale of 16 bits that all would share.
+        """
+        groups = len(self.optimizer.param_groups)
+        if values.shape != (groups,):
+            raise ValueError(
+                f"the loss has shape {tuple(values.shape)}; return a scalar, or one loss for each of {groups} group(s)"
+            )
+        if self.several or getattr(self.accelerator, "scaler", None) is not None:
+            raise ValueError(
+                "the loss is one for each group: such runs share one process, and no fp16 scale of the gradients; use "
+                "one process and bf16 or fp32, or return a scalar"
+            )
+        return values.sum()
+
+    def end(self, total: float | list[float], t: int) -> None:
+        """Note which runs have diverged: they rest, the others go on. Errors: Diverged when none is left."""
+        values = _listed(total)
+        self.ended |= {e for e, value in enumerate(values) if not math.isfinite(value)}
+        if len(self.ended) == len(values):
+            said = f"all {len(values)} runs have diverged" if isinstance(total, list) else f"the loss is {total}"
+            raise Diverged(
+                f"{said} at step {t}; lower the rate ({self.settings['rate']:g}) or clip more "
+                f"(clip = {self.clip}){self.kept()}",
+                [*self.history.losses, total],
+            )
 
     def backward(self, value: Tensor) -> None:
         """Gradients of this part. Processes' gradients are averaged where they should be added: hence the factor."""
@@ -88,15 +139,15 @@ class Run:
         factor = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps  # it divides by both
         self.accelerator.backward(value if factor == 1 else value * factor)
 
-    def agreed(self, total: Tensor, told: list) -> tuple[float, bool]:
+    def agreed(self, total: Tensor, told: list) -> tuple[float | list[float], bool]:
         """The loss summed over processes; whether any was told to stop."""
         if not self.several:
-            return total.item(), bool(told)
+            return total.tolist(), bool(told)
         both = torch.stack([total.double(), total.new_tensor(float(bool(told)), dtype=torch.float64)])
         value, stops = self.accelerator.reduce(both, "sum").tolist()
         return value, stops > 0
 
-    def measured(self, t: int, told: list) -> tuple[float, bool]:
+    def measured(self, t: int, told: list) -> tuple[float | list[float], bool]:
         """A step whose memory is measured: what is held all the time, and the peak."""
         result = []
         peak = peak_bytes(lambda: result.append(self.step(t, told)), self.device)
@@ -174,6 +225,8 @@ class Run:
             self.done = self.saved = self.history.resumed_at = saved["step"]
             for key in ("losses", "evaluations", "step_seconds", "memory", "seconds"):
                 setattr(self.history, key, saved[key])
+            for losses in self.history.losses:
+                self.ended |= {e for e, loss in enumerate(_listed(losses)) if not math.isfinite(loss)}
         if self.several:
             self.accelerator.wait_for_everyone()
 
@@ -214,6 +267,10 @@ class Run:
                     f"{self.kept()}; the same command goes on from there ({reason(error)})"
                 ) from None
             raise
+
+
+def _listed(losses: float | list[float]) -> list[float]:
+    return losses if isinstance(losses, list) else [losses]
 
 
 def out_of_memory(error: Exception) -> bool:

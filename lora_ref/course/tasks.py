@@ -56,8 +56,8 @@ class Task:
         self.dropped += len(rows) - len(short)
         self.rows[part] = short
 
-    def total(self, model: nn.Module, rows: Sequence) -> Tensor:
-        """The summed loss of some rows, in nats: a scalar with a gradient."""
+    def total(self, model: nn.Module, rows: Sequence, copies: int = 1) -> Tensor:
+        """The summed loss of some rows, in nats: a scalar with a gradient; of so many copies of them, one for each."""
         raise NotImplementedError
 
     def weight(self, rows: Sequence) -> int:
@@ -72,18 +72,19 @@ class Task:
             )
         return batches(self.rows["train"], self.p.batch, self.p.steps, seed)
 
-    def loss(self, plan: list[list[int]], process: int = 0, processes: int = 1) -> Callable:
-        """loss(model, t, part): this process's and this part's share of the mean loss of step t.
+    def loss(self, plan: list[list[int]], process: int = 0, processes: int = 1, copies: int = 1) -> Callable:
+        """loss(model, t, part): this process's and this part's share of the mean loss of step t; with copies > 1 one
+        for each copy of the step's rows.
 
             share = Σ of its own tokens' losses / number of tokens in the whole step
 
         so that the shares of all processes and parts add up to the mean over tokens, however they are dealt out.
         """
-        every = processes * self.p.accumulate
+        every, more = processes * self.p.accumulate, (copies,) if copies > 1 else ()
 
         def loss(model: nn.Module, t: int, part: int = 0) -> Tensor:
             chosen = [self.rows["train"][i] for i in plan[t]]
-            return self.total(model, chosen[part * processes + process :: every]) / self.weight(chosen)
+            return self.total(model, chosen[part * processes + process :: every], *more) / self.weight(chosen)
 
         return loss
 
@@ -126,8 +127,8 @@ class TextTask(Task):
         self.rows["train"] = self.rows["train"][: p.train]
         self.counts["train"] = len(self.rows["train"])
 
-    def total(self, model, rows):
-        return total_text_loss(model, batch(rows, self.tokenizer.eos_token_id))[0]
+    def total(self, model, rows, copies=1):
+        return total_text_loss(model, batch(rows, self.tokenizer.eos_token_id), copies)[0]
 
     def weight(self, rows):
         return sum(len(row.ids) - row.prompt for row in rows)

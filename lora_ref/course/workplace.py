@@ -20,6 +20,7 @@ FREE = (
     "checkpointing",
     "device",
     "threads",
+    "together",
 )  # what may change when a run goes on: the result is the same
 
 
@@ -82,6 +83,11 @@ class Workplace:
         if self.first:
             write_json(content, self.directory / "runs" / f"{name}.json")
             self.stamp()
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """What this checkpoint was for is done."""
+        if self.first:
             self.checkpoint(name).unlink(missing_ok=True)
 
     def stamp(self) -> None:

@@ -9,11 +9,13 @@ from tiny_models import llama, roberta
 from torch import nn
 
 from lora_ref.course.arms import accelerator_for, adapted, check_model, lora_config
+from lora_ref.course.many import factors
 from lora_ref.course.profiles import profile
 from lora_ref.course.sources import load_model, load_tokenizer
 from lora_ref.course.tasks import Task, make_task
 from lora_ref.course.training import train
 
+F32, BF16 = torch.float32, torch.bfloat16
 SMALL = {"train": 20, "validation": 4, "test": 3, "batch": 4, "steps": 3, "lora_alpha": 5.0, "new_tokens": 6}
 
 
@@ -62,6 +64,19 @@ def test_the_start_is_drawn_from_the_seed_and_from_nothing_else(base, rng_untouc
     ]
     assert all(torch.equal(a, b) for a, b in zip(factors[0], factors[1]))
     assert not torch.equal(factors[0][0], factors[2][0])
+
+
+@pytest.mark.parametrize("frozen", ["fp32", "bf16"])
+def test_adapters_side_by_side_begin_as_each_does_alone_over_one_frozen_base(base, frozen):
+    p = setting(frozen=frozen, checkpointing=True)
+    configs = [lora_config(arm, p, None) for arm in ("r=3", "r=2", "r=3")]
+    model = adapted(copy.deepcopy(base), configs, p, seed=4)
+    assert {x.dtype for x in model.parameters() if not x.requires_grad} == {{"fp32": F32, "bf16": BF16}[frozen]}
+    assert getattr(model.model.layers[0], "gradient_checkpointing", False)
+    for e, own in enumerate(configs):
+        expected = [x for x in adapted(copy.deepcopy(base), own, p, seed=4).parameters() if x.requires_grad]
+        for mine, theirs in zip(factors(model, e), expected, strict=True):
+            assert mine.dtype == F32 and mine.requires_grad and torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("frozen", ["fp32", "bf16"])
@@ -118,6 +133,12 @@ def test_what_does_not_fit_is_refused(base, refused, tmp_path):
     refused(lambda: check(target_modules=("query",)), "'query'")
     refused(lambda: check(arms=("r=17",)), "arms has 'r=17'", "q_proj has rank 16 at most")
     refused(lambda: check(length=257), "length = 257", "at most 256")
+    check(target_modules=("q_proj", "embed_tokens"))
+    refused(
+        lambda: check(target_modules=("q_proj", "embed_tokens"), together=2),
+        "together = 2, but model.embed_tokens is a Embedding",
+        "choose together = 1",
+    )
     small = load_model(llama(tmp_path, max_position_embeddings=64))
     refused(lambda: check(small, length=64), "new_tokens and the longest prompt = 99", "at most 64")
     other = copy.deepcopy(base)

@@ -250,13 +250,202 @@ def test_runs_that_diverge_are_recorded_apart_and_all_of_them_is_an_error(model,
     assert "full diverged at every rate, 0.001; lower full_rates" in capsys.readouterr().err
 
 
+SEARCH = SMALL | {
+    "arms": ("full", "r=2", "r=3"),
+    "lora_rates": (1e-3, 1e-2),
+    "seeds": (0, 4),
+    "steps": 4,
+    "evaluations": 1,
+    "weight_decay": 0.1,
+    "clip": 0.05,
+}
+
+
+@pytest.fixture(scope="module")
+def searched(model, tmp_path_factory):
+    """The same search with 1 and with 3 adapters at once: (directory, record) by their number."""
+    found = {}
+    for n in (1, 3):
+        directory = tmp_path_factory.mktemp("search") / str(n)
+        found[n] = directory, finetune("cpu-mini", directory, progress=False, model=model, together=n, **SEARCH)
+    return found
+
+
+def same(mine, theirs, exact=False):
+    """Runs of the same trainings came out alike."""
+    key = lambda run: (run["arm"], run["seed"], float(f"{run['rate']:.6g}"))  # noqa: E731
+    assert list(map(key, mine)) == list(map(key, theirs))
+    for a, b in zip(mine, theirs):
+        assert all(a[k] == b[k] for k in ("chosen", "adapter", "parameters", "parameters_trained", "tokens", "before"))
+        assert a["losses"] == (b["losses"] if exact else pytest.approx(b["losses"], rel=1e-4))
+        chaotic = 3e-3 if a["rate"] > 0.5 else 1e-4
+        close = (lambda x: x) if exact else (lambda x: pytest.approx(x, rel=chaotic))
+        assert a["validation"] == close(b["validation"]) and a["after"]["loss"] == close(b["after"]["loss"])
+        assert [point["loss"] for point in a["curve"]] == close([point["loss"] for point in b["curve"]])
+
+
+def test_adapters_trained_at_once_come_to_the_same_rates_losses_and_adapters(searched, model):
+    (alone, one), (directory, record) = searched[1], searched[3]
+    assert check_record(record)["settings"]["together"] == 3 and record["diverged"] == []
+    same(record["runs"], one["runs"])
+    assert {run["together"] for run in one["runs"]} == {1}
+    numbers = [run["together"] for run in record["runs"] if run["arm"] != "full" and run["seed"] == 0]
+    assert {1, 3} <= set(numbers) <= {1, 2, 3} and numbers.count(3) == 3
+    assert {run["together"] for run in record["runs"] if run["arm"] == "full" or run["seed"] == 4} == {1}
+    assert {run["arm"] for run in record["runs"] if run["seed"] == 4} == {"full", "r=2", "r=3"}
+    expected = {path.parent.name: load_file(path) for path in alone.glob("adapters/*/*.safetensors")}
+    found = {path.parent.name: load_file(path) for path in directory.glob("adapters/*/*.safetensors")}
+    assert set(found) == set(expected)
+    for name in [name for name in found if not name.endswith("-1")]:  # at the rate 1 roundings grow
+        for key, value in found[name].items():
+            torch.testing.assert_close(value, expected[name][key], rtol=1e-2, atol=1e-4)
+    task = tasks.make_task(module.load_tokenizer(model), module.profile("cpu-mini", model=model, **SEARCH))
+    for run in record["runs"]:
+        if run["together"] > 1:
+            adapted = load_adapter(load_model(model), directory / run["adapter_directory"]).eval()
+            assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
+    assert list((directory / "checkpoints").iterdir()) == []
+
+
+def test_at_once_the_speed_and_the_memory_are_those_of_all(searched):
+    _, record = searched[3]
+    run = next(run for run in record["runs"] if run["together"] == 3)
+    group = [other for other in record["runs"] if other["step_ms"] == run["step_ms"]]
+    assert len(group) == 3 and len({json.dumps([o["peak_bytes"], o["seconds"]]) for o in group}) == 1
+    assert run["peak_bytes"]["gradients"] == 4 * sum(other["parameters_trained"] for other in group)
+    _, one = searched[1]
+    single = next(o for o in one["runs"] if (o["arm"], o["rate"]) == (run["arm"], run["rate"]))
+    held = sum(4 * o["parameters_trained"] for o in group) - 4 * run["parameters_trained"]
+    assert run["peak_bytes"]["weights"] - single["peak_bytes"]["weights"] - held < 1000  # the base is there once
+
+
+def test_interrupted_within_a_group_it_goes_on_and_ends_the_same(searched, model, tmp_path, monkeypatch, capsys):
+    total, seen = tasks.TextTask.total, []
+
+    def counted(self, model, rows, *copies):
+        if model.training and copies:
+            seen.append(copies)
+            if len(seen) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return total(self, model, rows, *copies)
+
+    monkeypatch.setattr(tasks.TextTask, "total", counted)
+    words = argv(tmp_path / "run", model=model, together=3, **{k: v for k, v in SEARCH.items() if k != "arms"})
+    words += ["--arms", *SEARCH["arms"]]
+    assert main(words) == 130 and "stopped after step 3 of 4" in capsys.readouterr().err
+    [left] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert re.fullmatch(r"r2-seed0-0.001-and-2-more-[0-9a-f]{12}\.pt", left.name)
+    write, members = module.Workplace.write, []
+
+    def killed(self, name, content):
+        if content.get("together") == 3:
+            members.append(name)
+            if len(members) == 2:
+                raise KeyboardInterrupt
+        write(self, name, content)
+
+    with monkeypatch.context() as patch:  # then between the files of two members
+        patch.setattr(module.Workplace, "write", killed)
+        assert main(words) == 130
+    assert left.exists() and len(members) == 2 and len(seen) == 4
+    assert main(words) == 0
+    assert (3,) not in seen[4:]  # the first group did not train again
+    _, record = searched[3]
+    found = load_record(tmp_path / "run" / "record.json")
+    same(found["runs"], record["runs"], exact=True)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_begun_with_more_at_once_it_may_go_on_with_fewer(searched, model, tmp_path, monkeypatch, capsys):
+    total = tasks.TextTask.total
+
+    def full(self, model, rows, *copies):
+        if copies == (3,) and model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return total(self, model, rows, *copies)
+
+    monkeypatch.setattr(tasks.TextTask, "total", full)
+    with pytest.raises(MemoryError, match=r"or --together 1 \(now 3\), which change no result"):
+        finetune("cpu-mini", tmp_path, progress=False, model=model, together=3, **SEARCH)
+    record = finetune("cpu-mini", tmp_path, progress=False, model=model, together=1, **SEARCH)
+    same(record["runs"], searched[1][1]["runs"])
+
+
+def test_of_adapters_at_once_those_that_diverge_are_recorded_apart(searched, model, tmp_path, monkeypatch):
+    total, lost = tasks.TextTask.total, []
+
+    def explodes(self, model, rows, *copies):
+        value = total(self, model, rows, *copies)
+        if model.training and copies == (3,) and not lost:
+            lost.append(1)
+            return value * torch.tensor([1.0, 1.0, float("nan")])
+        return value
+
+    monkeypatch.setattr(tasks.TextTask, "total", explodes)
+    changes = SEARCH | {"arms": ("r=2", "r=3"), "lora_rates": (1e-3, 1e-2), "seeds": (0,)}
+    found = finetune("cpu-mini", tmp_path, progress=False, model=model, together=3, **changes)
+    assert [tuple(run.values()) for run in found["diverged"]] == [("r=3", 0, 1e-3, "the loss is nan at step 0")]
+    theirs = {(run["arm"], run["rate"]): run["losses"] for run in searched[3][1]["runs"] if run["seed"] == 0}
+    for arm, rate in (("r=2", 1e-3), ("r=2", 1e-2), ("r=3", 1e-2)):
+        [run] = [run for run in found["runs"] if (run["arm"], run["rate"]) == (arm, rate)]
+        assert run["losses"] == pytest.approx(theirs[arm, rate], rel=1e-6)
+    assert not (tmp_path / "adapters" / "r3-seed0-0.001").exists()
+
+
+def test_when_all_at_once_diverge_it_is_said_of_each_and_is_an_error(model, tmp_path, monkeypatch, capsys):
+    total = tasks.TextTask.total
+
+    def explodes(self, model, rows, *copies):
+        return total(self, model, rows, *copies) * (float("inf") if model.training else 1)
+
+    monkeypatch.setattr(tasks.TextTask, "total", explodes)
+    changes = {"arms": ("r=3",), "lora_rates": (1e-3, 1e-2), "together": 2, "model": model}
+    assert main(argv(tmp_path, **changes)) == 1
+    said = capsys.readouterr()
+    assert said.out.count("diverged: the loss is inf at step 0") == 2
+    assert "r=3 diverged at every rate, 0.001, 0.01; lower lora_rates" in said.err
+
+
+def test_a_run_that_ends_with_a_validation_loss_that_is_not_finite_has_diverged(model, tmp_path, monkeypatch):
+    held_out, seen = tasks.Task.held_out, []
+
+    def explodes(self, model, part, size=32):
+        seen.append(part)
+        return float("nan") if len(seen) == 3 else held_out(self, model, part, size)
+
+    monkeypatch.setattr(tasks.Task, "held_out", explodes)
+    changes = SMALL | {"arms": ("full",), "full_rates": (1e-3, 2e-3), "steps": 2, "evaluations": 1}
+    found = finetune("cpu-mini", tmp_path, progress=False, model=model, **changes)
+    assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [
+        (1e-3, "the validation loss is nan at step 2")
+    ]
+
+
+def test_several_processes_train_no_adapters_at_once(model, tmp_path, monkeypatch, capsys):
+    accelerator = module.accelerator_for(module.profile("cpu-mini"))
+    fake = type("Two", (), {"num_processes": 2, "device": accelerator.device})()
+    monkeypatch.setattr(module, "accelerator_for", lambda p: fake)
+    assert main(argv(tmp_path / "out", model=model, together=2)) == 2
+    assert "together = 2" in (said := capsys.readouterr().err) and "--together 1" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"precision": "bf16", "frozen": "bf16", "checkpointing": True, "lora_dropout": 0.1},
+        {
+            "precision": "bf16",
+            "frozen": "bf16",
+            "checkpointing": True,
+            "lora_dropout": 0.1,
+            "together": 2,
+            "lora_rates": (8e-3, 9e-3),
+            "accumulate": 2,
+        },
         {"use_rslora": True, "target_modules": ("q_proj", "embed_tokens")},
     ],
-    ids=["16 bits", "tied embeddings"],
+    ids=["16 bits", "16 bits at once", "tied embeddings"],
 )
 def test_other_ways_to_train_end_with_an_adapter_too(model, tmp_path, changes):
     from peft import PeftModel

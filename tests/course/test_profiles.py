@@ -12,6 +12,8 @@ def test_the_profiles_of_the_table_are_there_and_fit_what_they_are_for():
     mini, offline = PROFILES["cpu-mini"], PROFILES["gpu-offline"]
     assert (mini.model, mini.data, mini.device, mini.arms) == ("prose_llama", "restaurants", "cpu", ("full", "r=8"))
     assert offline.model == "new" and len(offline.seeds) >= 3 and len(offline.arms) >= 3
+    searched = (len(offline.arms) - 1) * len(offline.lora_rates)
+    assert {name: p.together for name, p in PROFILES.items() if p.together > 1} == {"gpu-offline": searched}
     for name, p in PROFILES.items():
         if name.startswith("gpu-hub"):
             assert "/" in p.model and "/" in p.data and p.precision == "bf16" and "full" in p.arms
@@ -49,6 +51,9 @@ def test_a_field_can_be_overridden_and_the_table_stays_as_it_is():
         ({"accumulate": 3}, ["batch = 16", "accumulate = 3", "equal size"]),
         ({"task": "classification"}, ["prose_llama", "classifier"]),
         ({"model": "new", "base_hidden": 30, "base_heads": 4}, ["base_hidden = 30", "2·base_heads = 8"]),
+        ({"together": 0}, ["together = 0", "at least 1 adapters"]),
+        ({"together": 2, "precision": "fp16"}, ["together = 2", "fp16", "together = 1"]),
+        ({"together": 2, "task": "classification", "model": "roberta-base"}, ["together = 2", "head", "together = 1"]),
         ({"base_length": 513}, ["base_length = 513", "between 8 and 512"]),
     ],
 )

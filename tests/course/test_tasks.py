@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_models import e2e, llama, mrpc, roberta, sst2, write_csv
 
+from lora_ref import LoRAConfig
 from lora_ref.course.arms import check_model
 from lora_ref.course.data_to_text import text_loss
 from lora_ref.course.grammar import Example
+from lora_ref.course.many import each, many
 from lora_ref.course.profiles import profile
 from lora_ref.course.sources import load_model, load_tokenizer
 from lora_ref.course.tasks import f1, make_task, verbatim_slot_errors
@@ -69,6 +71,19 @@ def test_the_shares_of_all_processes_and_parts_add_up_to_the_mean_over_tokens(to
     assert total == pytest.approx(expected, rel=1e-5)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_of_a_step_that_is_read_by_several_adapters_each_one_has_its_own_loss(tokenizer, model, accumulate):
+    task = text_task(tokenizer, accumulate=accumulate)
+    plan, config = task.plan(0), LoRAConfig(r=2, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    adapters = many(copy.deepcopy(model), [config] * 3, [torch.Generator().manual_seed(e) for e in range(3)])
+    with torch.no_grad():
+        for part in range(accumulate):
+            found = task.loss(plan, copies=3)(adapters, 1, part)
+            expected = torch.stack(each(adapters, lambda model: task.loss(plan)(model, 1, part)))
+            assert found.shape == (3,) and expected.std() > 1e-3
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_is_masked_and_not_scored(tokenizer, model, classifier, tmp_path):

@@ -16,7 +16,7 @@ def place(directory, name="cpu-mini", first=True, **changes):
 def test_a_run_finds_its_own_directory_again_also_with_what_changes_no_result(tmp_path):
     place(tmp_path / "out").begin()
     before = (tmp_path / "out" / "run.json").read_bytes()
-    for changes in ({}, {"accumulate": 4}, {"device": "auto"}):
+    for changes in ({}, {"accumulate": 4}, {"device": "auto"}, {"together": 3}):
         place(tmp_path / "out", **changes).begin()
     assert (tmp_path / "out" / "run.json").read_bytes() == before
 
@@ -60,6 +60,10 @@ def test_a_part_that_is_done_is_kept_and_its_checkpoint_dropped(tmp_path):
     assert mine.read("r8") is None
     mine.write("r8", {"loss": 0.1})
     assert mine.read("r8") == {"loss": 0.1} and not mine.checkpoint("r8").exists() and mine.checkpoint("full").exists()
+    place(tmp_path, first=False).drop("full")
+    assert mine.checkpoint("full").exists()
+    mine.drop("full")
+    assert not mine.checkpoint("full").exists()
 
 
 def test_the_clock_goes_on_after_an_interruption(tmp_path):

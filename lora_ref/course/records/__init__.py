@@ -74,6 +74,11 @@ RUN = {
     "seed": integer("of the adapter's start, the batches and the dropout", ""),
     "rate": number("peak learning rate", "", 1e-12),
     "chosen": Field("boolean", "whether the rate is the arm's best on validation examples"),
+    "together": integer(
+        "adapters that trained at once: tokens_per_s, step_ms, peak_bytes, energy_joules and seconds are those of all",
+        "adapters",
+        1,
+    ),
     "parameters_trained": integer("numbers that are trained", "numbers", 1),
     "parameters": integer("numbers of the model, the adapter included", "numbers", 1),
     "tokens": integer("tokens trained on, padding excluded", "tokens", 1),
