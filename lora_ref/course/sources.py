@@ -11,6 +11,7 @@ import json
 import random
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def _pretrained(kind: type, name: str, **options):
     local = is_local(name, "model")
     offline = local or not reachable()
     try:
-        with _asking(offline), _quiet():
+        with _asking(offline), _quiet(bars=not offline and sys.stderr.isatty()):
             return kind.from_pretrained(name, local_files_only=offline, **options)
     except Exception as error:
         if not isinstance(error, (OSError, ValueError)) and not _broke_off(error):
@@ -271,12 +272,13 @@ def _asking(offline: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and reports of what was loaded."""
+def _quiet(bars: bool) -> Iterator[None]:
+    """Without transformers' reports of what was loaded, and its bars: at a terminal those of a download may stay."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    if not bars:
+        logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
