@@ -54,7 +54,7 @@ def readme_test_command() -> str:
     for line in lines("README.md"):
         if line.startswith("```"):
             fenced = not fenced
-        elif fenced and line.endswith("/python -m pytest"):
+        elif fenced and "/python -m pytest" in line:
             commands.append(line)
     assert len(commands) == 1, f"README.md: {len(commands)} test commands in fenced blocks, expected one"
     return commands[0]
