@@ -250,7 +250,11 @@ def _plan(model: nn.Module) -> Plan:
 
 
 def _to_peft(model: nn.Module, config: LoRAConfig) -> dict:
-    """The configuration as peft reads it; "all-linear" is written out, as peft does."""
+    """The configuration as peft reads it; "all-linear" is written out, as peft does.
+
+    Of a model of transformers its class and its name or path are written too, with which peft's AutoPeftModel… finds
+    the base: the path is the one that the base was loaded from, and so of use on the same machine alone.
+    """
     settings = {name: getattr(config, name) for name in FIELDS}
     settings["init_lora_weights"] = TO_PEFT.get(config.start, config.start)
     if settings["target_modules"] == "all-linear":
@@ -262,7 +266,11 @@ def _to_peft(model: nn.Module, config: LoRAConfig) -> dict:
         if isinstance(settings[name], (set, tuple)):
             settings[name] = sorted(settings[name])
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return settings | {"peft_type": "LORA", "base_model_name_or_path": name, "inference_mode": True, "task_type": None}
+    kind, mapping = type(uncompiled(model)), None
+    if kind.__module__.startswith("transformers."):
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    settings |= {"auto_mapping": mapping, "base_model_name_or_path": name}
+    return settings | {"peft_type": "LORA", "inference_mode": True, "task_type": None}
 
 
 def _number(value) -> int | float:

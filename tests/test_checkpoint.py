@@ -46,7 +46,13 @@ from test_model import (
     twins,
 )
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from lora_ref import LoRAConfig, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
 from lora_ref.checkpoint import CONFIG, PREFIX, TENSORS, read_config
@@ -389,6 +395,28 @@ def test_the_bases_name_is_written(tmp_path):
     assert settings_in(tmp_path / "named")["base_model_name_or_path"] == "somewhere/small-llama"
     save_adapter(add_lora(nn.Sequential(nn.Linear(7, 5)), LoRAConfig(r=2, target_modules=["0"])), tmp_path / "none")
     assert settings_in(tmp_path / "none")["base_model_name_or_path"] is None
+
+
+def test_the_base_is_named_as_peft_names_it_and_its_auto_class_finds_it(tmp_path):
+    base_of().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = randomize(add_lora(copy.deepcopy(base), LoRAConfig(r=3, target_modules=["q_proj"]))).eval()
+    save_adapter(model, tmp_path / "own")
+    peft_save(peft_of(base, r=3, target_modules=["q_proj"]), tmp_path / "peft")
+    own, theirs = settings_in(tmp_path / "own"), settings_in(tmp_path / "peft")
+    for key in ("auto_mapping", "base_model_name_or_path", "task_type"):
+        assert own[key] == theirs[key]
+    assert own["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "own").eval()
+    assert error(logits(found, TEXT), logits(model, TEXT)) <= 1e-6
+    assert error(logits(load_adapter(base, tmp_path / "own").eval(), TEXT), logits(model, TEXT)) <= 1e-6
+    save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
+    assert settings_in(tmp_path / "compiled") == own
+
+
+def test_a_base_that_is_no_model_of_transformers_has_no_class_in_the_file(tmp_path):
+    save_adapter(add_lora(nn.Sequential(nn.Linear(7, 5)), LoRAConfig(r=2, target_modules=["0"])), tmp_path)
+    assert settings_in(tmp_path)["auto_mapping"] is None and read_config(tmp_path).r == 2
 
 
 def test_the_files_look_like_pefts(saved):

@@ -18,8 +18,14 @@ HEADS = ("classifier", "score")  # what transformers calls a classifier's new he
 def accelerator_for(p: Profile):
     """An Accelerator for the profile's device and precision, in the launcher's processes or this one.
 
-    Errors: ValueError for fp16 on a CPU.
+    "cuda" is any GPU: under `accelerate launch` each process takes its own. Errors: ValueError for "cuda" where there
+    is none, and for fp16 on a CPU.
     """
+    if p.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device = 'cuda', but torch sees no GPU. --profile cpu-mini is made for a CPU; --device cpu runs this one "
+            "there all the same, which may take days"
+        )
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 

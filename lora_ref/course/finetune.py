@@ -4,12 +4,14 @@
 
 The profile is a row of lora_ref.course.profiles, and every field of it an option; `accelerate launch -m
 lora_ref.course.finetune …` runs it in several processes. DIR ends with record.json (see lora_ref.course.records), the
-adapters in PEFT's format and the log. Interrupted or killed, the same command goes on where it was.
+adapters in PEFT's format and the log; a model that was tuned in full is judged, and not kept. Interrupted or killed,
+the same command goes on where it was.
 
 For each arm (full, or a rank) the learning rate is chosen on validation examples: see lora_ref.course.search. With
 --together E the search trains up to E adapters at once on one frozen base: see lora_ref.course.many.
 """
 
+import io
 import math
 import os
 import sys
@@ -36,7 +38,7 @@ from .search import Trial, best, following, name_of
 from .sources import load_model, load_tokenizer
 from .tasks import Task, make_task
 from .training import History, train
-from .workplace import Workplace
+from .workplace import NOTHING_DONE, Workplace
 
 
 def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progress: bool = True, **overrides) -> dict:
@@ -44,9 +46,10 @@ def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progres
 
     A directory in which the same run was interrupted is gone on with; one in which it is done gives its record.
     Errors, before anything is written: ValueError (TypeError) for an unknown profile or field, a value out of range,
-    another run's directory, data without the expected columns or rows, a tokeniser that does not fit the model, a
-    model without the targets; FileNotFoundError, ConnectionError, ImportError for what cannot be had. Later, with the
-    checkpoint kept: MemoryError, KeyboardInterrupt, FloatingPointError when all rates of an arm diverge.
+    another run's directory, a GPU's profile without a GPU, data without the expected columns or rows, a tokeniser that
+    does not fit the model, a model without the targets; FileNotFoundError, ConnectionError, ImportError for what cannot
+    be had. Later, with the checkpoint kept: MemoryError, KeyboardInterrupt, FloatingPointError when all rates of an arm
+    diverge.
     """
     p = profile(name, **overrides)
     place = Workplace(output, name, asdict(p), first=int(os.environ.get("RANK", 0)) == 0)
@@ -59,6 +62,8 @@ def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progres
     torch.set_num_threads(p.threads or threads)
     try:
         return Finetuning(name, p, place, progress).run()
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or place.interrupted()) from None
     finally:
         torch.set_num_threads(threads)
 
@@ -71,7 +76,8 @@ class Finetuning:
         self.load = machine.load()
         self.accelerator = accelerator_for(p)
         self.processes = self.accelerator.num_processes
-        self.new, self.source = p.model == "new", str(place.directory / "base") if p.model == "new" else p.model
+        self.new = p.model == "new"
+        self.source = str((place.directory / "base").resolve()) if self.new else p.model  # adapters name it
         if p.batch % (self.processes * p.accumulate):
             raise ValueError(
                 f"batch = {p.batch} is no multiple of {self.processes} process(es) × accumulate = {p.accumulate}; "
@@ -282,6 +288,8 @@ class Finetuning:
 
 def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what is written to a file or a pipe may not know α or half a letter
+        sys.stdout.reconfigure(errors="replace")
     try:
         args, overrides = arguments(argv, __doc__.splitlines()[0])
         finetune(args.profile, args.output, progress=not args.quiet, **overrides)
@@ -294,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         if rank == 0:
-            print(f"\n{error or 'interrupted'} (the same command goes on)", file=sys.stderr)
+            print(f"\n{str(error) or NOTHING_DONE}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         said = str(error)

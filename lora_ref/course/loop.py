@@ -91,7 +91,8 @@ def train(
     run = Run(model, loss, optimizer, settings, clip, evaluate, checkpoint, accelerator, accumulate)
     run.resume()
     history, at = run.history, run.done
-    bar = tqdm(total=steps, initial=at, unit="step", disable=not (progress and run.first), file=sys.stderr)
+    shown = progress and run.first
+    bar = tqdm(total=steps, initial=at, unit="step", disable=not shown, file=sys.stderr, leave=False)
     with run.explained(), _interrupts(checkpoint is not None) as stopped, bar:
         model.train()
         if at == 0:
@@ -106,7 +107,7 @@ def train(
             history.losses.append(value)
             run.done = t + 1
             bar.update()
-            if progress and run.first and t % 10 == 9:
+            if shown and t % 10 == 9:
                 bar.set_postfix(_shown(history, tokens, run.device))
             if run.done % every == 0 or run.done == steps:
                 run.record(run.done)
@@ -114,8 +115,8 @@ def train(
                 run.save(run.done)
             if stop:
                 raise KeyboardInterrupt(
-                    f"stopped after step {run.done} of {steps}; {checkpoint} holds the run, and the same call goes on "
-                    "from there"
+                    f"stopped after step {run.done} of {steps}; {checkpoint} holds the run, and the same command "
+                    "goes on from there"
                 )
     history.seconds = run.seconds()
     return history
@@ -145,7 +146,8 @@ def _interrupts(armed: bool) -> Iterator[list[int]]:
 
 
 def _shown(history: History, tokens: int, device: torch.device) -> dict[str, str]:
-    """What the bar says beside the steps and the time left."""
+    """What the bar says beside the steps and the time left. The process's memory is more than the run's own, which
+    `probe` measures: torch and the libraries are in it."""
     last = history.losses[-1]
     shown = {"loss": f"{last:.3f}" if isinstance(last, float) else f"{min(filter(math.isfinite, last)):.3f} at best"}
     if tokens:
@@ -157,5 +159,5 @@ def _shown(history: History, tokens: int, device: torch.device) -> dict[str, str
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
-        shown["memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+        shown["process"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
     return shown

@@ -56,7 +56,9 @@ class Profile:
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     evaluations: int = setting(5, "looks at the validation loss during a run", 1, unit="looks")
 
-    device: str = setting("auto", "where to train; auto takes a GPU if there is one", choices=("auto", "cpu"))
+    device: str = setting(
+        "auto", "where to train; auto takes a GPU if there is one, cuda wants one", choices=("auto", "cpu", "cuda")
+    )
     threads: int = setting(0, "CPU threads of a process; 0 leaves the number to torch", 0, unit="threads")
     precision: str = setting("fp32", "of the arithmetic (trained weights stay fp32)", choices=("fp32", "bf16", "fp16"))
     frozen: str = setting("fp32", "type of weights that LoRA freezes", choices=("fp32", "bf16", "fp16"))
@@ -152,19 +154,41 @@ def parse(name: str, words: list[str]) -> object:
 
 def arguments(argv: list[str] | None, about: str) -> tuple[argparse.Namespace, dict]:
     """(--profile, --output, --quiet; the fields that were overridden). Errors: ValueError, with near matches."""
-    parser = argparse.ArgumentParser(prog="python -m lora_ref.course.finetune", description=about, allow_abbrev=False)
-    parser.add_argument("--profile", required=True, help=", ".join(PROFILES))
-    parser.add_argument("--output", type=Path, required=True, help="the run's directory")
+    parser = Parser(
+        prog="python -m lora_ref.course.finetune",
+        usage="%(prog)s --profile NAME --output DIR [--quiet] [--FIELD X ...]",
+        description=f"{about} The profile sets all defaults; an option changes one of its fields.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", metavar="NAME", help=", ".join(PROFILES))
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the run's directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for f in fields(Profile):
-        meaning, metavar = f.metadata["meaning"].replace("%", "%%"), "X …" if _kind(f)[1] else "X"
-        parser.add_argument(option(f.name), dest=f.name, nargs="+", metavar=metavar, help=meaning)
+        item, several = _kind(f)
+        choices = ("true", "false") if item is bool else f.metadata["choices"]
+        parser.add_argument(
+            option(f.name),
+            nargs="+" if several else None,
+            metavar="|".join(choices) or "X",
+            help=f.metadata["meaning"].replace("%", "%%"),
+        )
     args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(f"{unknown[0]!r} is a value too many; --help shows as X [X ...] what takes several")
     if unknown:
         known = [option(f.name) for f in fields(Profile)] + ["--profile", "--output", "--quiet"]
         raise ValueError(f"{unknown[0]} is no option; {near(unknown[0], known)}")
+    if lacking := [f"--{name}" for name in ("profile", "output") if getattr(args, name) is None]:
+        raise ValueError(f"{' and '.join(lacking)} must be given, as in --profile cpu-mini --output DIR; see --help")
     given = {f.name: getattr(args, f.name) for f in fields(Profile) if getattr(args, f.name) is not None}
-    return args, {name: parse(name, words) for name, words in given.items()}
+    return args, {name: parse(name, words if isinstance(words, list) else [words]) for name, words in given.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are ValueErrors, without forty lines of usage before them."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
 
 
 def option(name: str) -> str:
@@ -190,7 +214,7 @@ def _item(name: str, value, kind: type, meta: dict):
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{name} must be {kind.__name__}, got {value!r}; it is: {meta['meaning']}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"{name} = {value!r} is unknown; {near(str(value), meta['choices'])}")
+        raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(map(repr, meta['choices']))}")
     low, high = meta["low"], meta["high"]
     if kind in (int, float):
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
@@ -214,6 +238,7 @@ HUB = Profile(
     seeds=(0, 1, 2),
     full_rates=(5e-6, 1e-5, 2e-5),
     lora_rates=(1e-4, 2e-4, 4e-4),
+    device="cuda",
     precision="bf16",
     frozen="bf16",
 )
@@ -233,6 +258,7 @@ GLUE = Profile(
     steps=6900,
     warmup=0.06,
     weight_decay=0.1,
+    device="cuda",
     precision="bf16",
 )
 PROFILES = {
@@ -251,6 +277,7 @@ PROFILES = {
         together=9,
         steps=400,
         batch=32,
+        device="cuda",
         precision="bf16",
     ),
 }

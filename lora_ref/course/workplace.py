@@ -22,6 +22,7 @@ FREE = (
     "threads",
     "together",
 )  # what may change when a run goes on: the result is the same
+NOTHING_DONE = "interrupted before the first step; nothing is lost, and the same command begins anew"
 
 
 class Workplace:
@@ -94,6 +95,13 @@ class Workplace:
         """Keep the time, for a sitting that goes on from here."""
         if self.first:
             write_json({"seconds": self.seconds()}, self.directory / "runs" / "clock.json")
+
+    def interrupted(self) -> str:
+        """What to say of an interruption outside the steps: whether there was one yet."""
+        runs = {path.stem for path in self.directory.glob("runs/*.json") if path.stem.split("-")[0] != "before"}
+        if runs - {"clock"} or any(self.directory.glob("checkpoints/*.pt")) or (self.directory / "base").exists():
+            return f"interrupted between two steps; {self.directory} holds what was done, and the same command goes on"
+        return NOTHING_DONE
 
     def checkpoint(self, name: str) -> Path:
         return self.directory / "checkpoints" / f"{name}.pt"

@@ -159,3 +159,19 @@ def test_accelerators_of_different_kinds_follow_each_other(refused):
         assert accelerator.mixed_precision == ("no" if precision == "fp32" else precision)
         assert accelerator.device.type == "cpu" and accelerator.num_processes == 1
     refused(lambda: accelerator_for(setting(precision="fp16")), "precision = 'fp16' needs a GPU", "'bf16'")
+
+
+def test_a_gpu_is_wanted_where_the_profile_says_so_and_the_accelerator_chooses_which(monkeypatch, refused):
+    made = []
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: made.append(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("gpu-offline", "gpu-hub", "gpu-hub-mrpc", "gpu-hub-sst2"):
+        refused(lambda: accelerator_for(profile(name)), "torch sees no GPU", "--profile cpu-mini", "--device cpu")
+    refused(lambda: accelerator_for(setting(device="cuda")), "torch sees no GPU")
+    assert made == []
+    for device in ("auto", "cpu"):
+        accelerator_for(profile("gpu-offline", device=device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("auto", "cpu", "cuda"):
+        accelerator_for(profile("gpu-offline", device=device))
+    assert [options["cpu"] for options in made] == [False, True, False, True, False]

@@ -106,6 +106,20 @@ def test_the_adapter_loads_here_and_in_peft_and_gives_the_recorded_loss(done, mo
         assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
 
 
+def test_the_adapter_names_its_base_and_pefts_auto_class_finds_it(done, model):
+    from peft import AutoPeftModelForCausalLM
+
+    directory, record = done
+    where = directory / record["runs"][1]["adapter_directory"]
+    config = json.loads((where / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        theirs = AutoPeftModelForCausalLM.from_pretrained(str(where)).eval()(ids).logits
+        mine = load_adapter(load_model(model), where).eval()(ids).logits
+    torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-6)
+
+
 def test_the_same_command_again_gives_the_record_and_another_is_refused(done, model, capsys):
     directory, record = done
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
@@ -175,6 +189,42 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_the_same(done, model, tmp
         ]
     expected = tensors(directory)
     assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "run").items())
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_what_is_kept(
+    model, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    early = "\ninterrupted before the first step; nothing is lost, and the same command begins anew\n"
+    for where, what in ((module, "arguments"), (module, "load_tokenizer"), (module, "make_task"), (tasks, "bleu")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, interrupted)
+            assert main(argv(tmp_path / "run", model=model)) == 130
+        assert capsys.readouterr().err == early
+        assert (tmp_path / "run").exists() == (what == "bleu")  # the base's scores: the first that is written
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_adapter", interrupted)  # the second arm's: the first has none
+        assert main(argv(tmp_path / "run", model=model)) == 130
+    said = f"interrupted between two steps; {tmp_path / 'run'} holds what was done, and the same command goes on"
+    assert capsys.readouterr().err == f"\n{said}\n"
+    interrupt(monkeypatch, 1)  # all steps were made
+    assert main(argv(tmp_path / "run", model=model)) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "words",
+    [("--profile", name) for name in ("gpu-offline", "gpu-hub", "gpu-hub-mrpc")]
+    + [("--profile", "cpu-mini", "--device", "cuda")],
+    ids=" ".join,
+)
+def test_without_a_gpu_what_wants_one_is_refused_at_the_door(tmp_path, capsys, words):
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: device = 'cuda', but torch sees no GPU. --profile cpu-mini is made for a CPU;")
+    assert "--device cpu runs this one there" in said and not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_names_what_to_lower_and_the_run_goes_on_with_it(done, model, tmp_path, monkeypatch, capsys):
@@ -506,11 +556,16 @@ def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):
     documents = [f"The function number {i} returns the value of its argument." for i in range(60)]
     monkeypatch.setattr(new_base, "prose", lambda packages: Prose(documents[:50], documents[50:]))
     changes = BASE | {"arms": ("r=1", "r=3"), "lora_rates": (1e-2,), "seeds": (0,), "device": "cpu", "steps": 3}
-    found = finetune("gpu-offline", tmp_path, progress=False, **SMALL | changes)
+    monkeypatch.chdir(tmp_path)
+    found = finetune("gpu-offline", "run", progress=False, **SMALL | changes)
+    tmp_path /= "run"
     assert found["base_bits_per_byte"] > 0 and found["model"] == "new"
     assert {p.name for p in (tmp_path / "base").iterdir()} >= {"config.json", "model.safetensors", "bits.json"}
     base = load_model(str(tmp_path / "base"))
-    load_adapter(base, tmp_path / found["runs"][1]["adapter_directory"])
+    adapter = tmp_path / found["runs"][1]["adapter_directory"]
+    load_adapter(base, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")  # from wherever it is loaded
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -10,6 +10,9 @@ from lora_ref.course.profiles import PROFILES, Profile, arguments, parse, profil
 def test_the_profiles_of_the_table_are_there_and_fit_what_they_are_for():
     assert {"cpu-mini", "gpu-hub", "gpu-hub-mrpc", "gpu-hub-sst2", "gpu-offline"} <= set(PROFILES)
     mini, offline = PROFILES["cpu-mini"], PROFILES["gpu-offline"]
+    assert {name: p.device for name, p in PROFILES.items()} == {
+        n: "cpu" if n == "cpu-mini" else "cuda" for n in PROFILES
+    }
     assert (mini.model, mini.data, mini.device, mini.arms) == ("prose_llama", "restaurants", "cpu", ("full", "r=8"))
     assert offline.model == "new" and len(offline.seeds) >= 3 and len(offline.arms) >= 3
     searched = (len(offline.arms) - 1) * len(offline.lora_rates)
@@ -46,6 +49,7 @@ def test_a_field_can_be_overridden_and_the_table_stays_as_it_is():
         ({"arms": ("lora",)}, ["'lora'", "'full'"]),
         ({"precision": "bf61"}, ["'bf61'", "'bf16'"]),
         ({"task": "data2text"}, ["'data2text'", "'data-to-text'"]),
+        ({"device": "gpu"}, ["device = 'gpu'", "choose one of 'auto', 'cpu', 'cuda'"]),
         ({"checkpointing": 1}, ["checkpointing must be bool", "1"]),
         ({"model": ""}, ["model is empty"]),
         ({"accumulate": 3}, ["batch = 16", "accumulate = 3", "equal size"]),
@@ -67,7 +71,7 @@ def test_unknown_profiles_are_refused_with_near_matches(refused):
 
 
 def test_every_field_is_an_option_and_the_command_line_gives_what_the_call_gives():
-    words = {str: "cpu", int: "3", float: "0.5", bool: "true"}
+    words = {str: "cuda", int: "3", float: "0.5", bool: "true"}
     argv = ["--profile", "cpu-mini", "--output", "out"]
     for f in fields(Profile):
         kind = f.type.__args__[0] if hasattr(f.type, "__args__") else f.type
@@ -87,8 +91,27 @@ def test_mistakes_on_the_command_line(refused):
     refused(lambda: parse("clip", ["x"]), "clip takes a number")
     refused(lambda: parse("steps", ["3", "4"]), "steps takes one value", "3 4")
     refused(lambda: parse("checkpointing", ["yes"]), "checkpointing takes true or false", "yes")
-    with pytest.raises(SystemExit):
-        arguments(["--profile", "cpu-mini"], "")
+    refused(lambda: arguments([*must, "--steps", "3", "4"], ""), "'4' is a value too many", "--help")
+    refused(lambda: arguments([*must, "--steps"], ""), "argument --steps: expected one argument; see --help")
+    lacking = {("--profile", "p"): "--output", ("--output", "o"): "--profile", (): "--profile and --output"}
+    for argv, names in lacking.items():
+        refused(lambda: arguments(list(argv), ""), f"{names} must be given, as in --profile cpu-mini --output DIR; see")
+
+
+def test_help_shows_what_an_option_takes_and_that_the_profile_sets_all_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        arguments(["--help"], "About.")
+    said, lines = capsys.readouterr().out, {}
+    for line in said.splitlines():
+        if line.startswith("  --"):
+            lines[line.split()[0]] = " ".join(line.split()[1:])
+    assert ended.value.code == 0 and "About. The profile sets all defaults;" in " ".join(said.split())
+    assert said.startswith("usage: python -m lora_ref.course.finetune --profile NAME --output DIR [--quiet] [--FIELD X")
+    assert lines["--device"].startswith("auto|cpu|cuda") and lines["--checkpointing"].startswith("true|false")
+    assert lines["--steps"] == "X steps of a run" and lines["--seeds"].startswith("X [X ...] rates")
+    assert {f"--{f.name.replace('_', '-')}" for f in fields(Profile)} | {"--profile", "--output", "--quiet"} == set(
+        lines
+    )
 
 
 def test_the_warm_up_is_a_share_of_the_steps_and_never_all_of_them():

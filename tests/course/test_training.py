@@ -5,6 +5,8 @@ import math
 import os
 import signal
 import socket
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -666,6 +668,23 @@ def test_an_interrupt_saves_says_how_to_go_on_and_the_run_ends_bit_for_bit_the_s
     found = run(again, loss)
     assert found.resumed_at == 6 and found.losses == expected.losses and found.evaluations == expected.evaluations
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_bar_leaves_nothing_behind_and_calls_the_processs_memory_so(tmp_path, capsys, stops):
+    model, loss = regression()
+
+    def slow(model, t):
+        time.sleep(0.02)  # or the bar is not drawn anew
+        if stops and t == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(model, t)
+
+    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+        train(model, slow, 12, 0.05, checkpoint=tmp_path / "run.pt", tokens=5, progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert any(f"{n}/12" in line and "process=" in line and "GB" in line for line in shown for n in (10, 11, 12))
+    assert not any("memory=" in line for line in shown) and shown[-1].strip() == "", shown[-1]
 
 
 def test_without_a_checkpoint_an_interrupt_is_one_and_so_is_the_second():

@@ -52,6 +52,30 @@ def test_nothing_is_written_before_begin_and_nothing_by_the_other_processes(tmp_
     assert (tmp_path / "out" / "log.txt").read_text() == "hello\n" and capsys.readouterr().out == "hello\n"
 
 
+def test_half_a_character_that_a_model_wrote_is_kept(tmp_path, capsys):
+    mine, text = place(tmp_path), "caf\ufffd α"  # what transformers makes of half a character's bytes
+    mine.begin()
+    mine.say(text)
+    mine.write("part", {"after": text})
+    assert mine.read("part") == {"after": text} and capsys.readouterr().out == f"{text}\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"{text}\n"
+
+
+def test_an_interruption_says_whether_there_was_a_step_yet(tmp_path):
+    early = "interrupted before the first step; nothing is lost, and the same command begins anew"
+    mine = place(tmp_path / "out")
+    assert mine.interrupted() == early and not (tmp_path / "out").exists()
+    mine.begin()
+    mine.write("before", {})
+    mine.write("before-seed3", {})
+    assert mine.interrupted() == early
+    later = f"interrupted between two steps; {tmp_path / 'out'} holds what was done, and the same command goes on"
+    mine.checkpoint("full-seed0-0.1").write_bytes(b"x")
+    assert mine.interrupted() == later
+    mine.write("full-seed0-0.1", {})
+    assert not list(tmp_path.glob("out/checkpoints/*")) and mine.interrupted() == later
+
+
 def test_a_part_that_is_done_is_kept_and_its_checkpoint_dropped(tmp_path):
     mine = place(tmp_path)
     mine.begin()

@@ -5,6 +5,9 @@
 
 SCHEMA is the list of all fields, each with its kind, unit, range and meaning; `describe()` prints it. A record says
 whether it came from a CPU or a GPU, and which: a CPU's has no driver, and so no number in it can pass for a GPU's.
+
+A record ships as <its profile>.json in this directory: run from committed code, at least three seeds, the best rate
+not at the edge of those tried; tests/course/test_shipped_records.py says so, and what a GPU's must show besides.
 """
 
 import difflib
