@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data_to_text import total_loss as total_text_loss
 from .data_to_text import batch, batches, bleu, encode, prompt, write
+from .data_to_text import total_loss as total_text_loss
 from .grammar import DOMAINS, Example, examples, slot_error_rate
 from .profiles import Profile, near
 from .sources import load_tables, three_parts
