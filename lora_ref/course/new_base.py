@@ -13,7 +13,7 @@ from .pretrain import bits_per_byte, encode
 from .profiles import Profile
 from .prose import PACKAGES, prose
 from .records import write_json
-from .sources import load_tokenizer
+from .sources import load_tokenizer, quiet
 from .training import train
 from .workplace import Workplace
 
@@ -89,7 +89,8 @@ def make_base(p: Profile, place: Workplace, accelerator, progress: bool) -> floa
     bits = history.evaluations[-1][1]
     place.say(f"base: {bits:.3f} held-out bits per byte after {history.seconds:.0f} s")
     if place.first:
-        model.save_pretrained(directory)
+        with quiet(bars=False):
+            model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_json({"bits_per_byte": bits}, directory / "bits.json")
         checkpoint.unlink()

@@ -19,9 +19,9 @@ class History:
     """What `train` did.
 
     losses: of every step, in nats; where several runs train at once, a list of theirs. evaluations: (steps done, what
-    `evaluate` returned). seconds: of all, evaluations
-    included; step_seconds: of each step. memory: bytes in the step `probe`, {"peak", "weights", "gradients",
-    "optimizer"}, of this process; the peak's rest is activations and scratch tensors.
+    `evaluate` returned). seconds: of all, evaluations included; step_seconds: of each step. memory: bytes in the step
+    `probe`, {"peak", "weights", "gradients", "optimizer"}, of this process; the peak's rest is activations and scratch
+    tensors.
     """
 
     losses: list[float] | list[list[float]]

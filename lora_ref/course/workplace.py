@@ -15,13 +15,8 @@ from pathlib import Path
 
 from .records import write_json
 
-FREE = (
-    "accumulate",
-    "checkpointing",
-    "device",
-    "threads",
-    "together",
-)  # what may change when a run goes on: the result is the same
+# what may change when a run goes on: the result is the same
+FREE = ("accumulate", "checkpointing", "device", "threads", "together")
 NOTHING_DONE = "interrupted before the first step; nothing is lost, and the same command begins anew"
 
 

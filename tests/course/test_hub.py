@@ -1,4 +1,4 @@
-"""course/sources.py and finetune.py by Hub name: the real libraries download from a Hub on this machine (local_hub)."""
+"""Models, tables and finetune.py by Hub name: the real libraries download from a Hub on this machine (local_hub)."""
 
 import hashlib
 import importlib.util
@@ -49,7 +49,8 @@ dataset_info:
 """
 WORKER = """
 import hashlib, json, sys
-from lora_ref.course.sources import load_model, load_tables, load_tokenizer
+from lora_ref.course.sources import load_model, load_tokenizer
+from lora_ref.course.tables import load_tables
 
 def digest(model):
     return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
@@ -250,7 +251,7 @@ def test_data_sets_come_again_without_the_hub_and_others_are_refused(online, off
     for call in ("load_tables('owner/other')", *REFUSED[5:]):  # with a revision or configuration that is not there
         kind, said = found[call]
         assert kind == "ConnectionError" and f"is not in the local cache, and {nowhere} cannot be reached" in said, said
-        assert f'`python -c "from lora_ref.course.sources import load_tables; {call}"`' in said
+        assert f'`python -c "from lora_ref.course.tables import load_tables; {call}"`' in said
 
 
 FEW = "--device cpu --precision fp32 --frozen fp32 --steps 4 --batch 4 --train 24 --validation 4 --test 3 --samples 1"
