@@ -26,7 +26,7 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .initialization import STARTS, Start
+from .initialization import INITIALIZERS, Init
 from .layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from .model import Plan, apply_plan, build_layers, layer_kind, lora_layers, plan_lora, uncompiled
 
@@ -55,16 +55,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     a kill at any moment leaves the old adapter, the new one, or no configuration (load_adapter then says how to mend
     it), and what it left behind goes with the next save. Saves to one directory take turns. Merged, compiled or not
     makes no difference. Errors: ValueError for a model without adapter, a start that a reader cannot replay
-    ("lora_ga", add_lora's `starts` with another base, "pissa" but in linear layers), or numbers that are not finite;
+    ("lora_ga", add_lora's `init_fn` with another base, "pissa" but in linear layers), or numbers that are not finite;
     OSError as the system gives it. Nothing changed.
     """
     plan = _plan(model)
-    if plan.config.start == "lora_ga":
+    if plan.config.init_name == "lora_ga":
         raise ValueError(
-            "the start (init_lora_weights = 'lora_ga', or add_lora's `starts`) changed the base by what no file "
+            "the start (init_lora_weights = 'lora_ga', or add_lora's `init_fn`) changed the base by what no file "
             "holds; save the whole model (its state_dict) instead"
         )
-    for path in plan.layers if plan.config.start == "pissa" else ():
+    for path in plan.layers if plan.config.init_name == "pissa" else ():
         if not isinstance(layer := model.get_submodule(path), LoRALinear):
             raise ValueError(
                 f"{path}: peft replays init_lora_weights = 'pissa' on linear layers alone, this is a "
@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
             config, modules_to_save=[name for name in config.modules_to_save if name not in lacking]
         )
     plan = plan_lora(model, config)
-    if config.start == "lora_ga":
+    if config.init_name == "lora_ga":
         raise ValueError(f"{directory / CONFIG}: init_lora_weights = 'lora_ga' needs a base that no file holds")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"this {type(model).__name__} is on the meta device and holds no numbers; load its own first")
@@ -148,13 +148,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(f"{directory / TENSORS} has {unknown[0]}{more}, for which this model has no use")
 
-    def start(path: str, W: Tensor, own: LoRAConfig) -> Start:
+    def init_fn(path: str, W: Tensor, own: LoRAConfig) -> Init:
         kind = layer_kind(model.get_submodule(path))
         A, B = (tensors[name].to(W.device).flatten(1).contiguous() for name in _names(path, kind))
-        replayed = own.start == "pissa" and issubclass(kind, LoRALinear)  # as peft does
-        return Start(A, B, STARTS["pissa"](W, own.r, own.scale).W0 if replayed else W)
+        replayed = own.init_name == "pissa" and issubclass(kind, LoRALinear)  # as peft does
+        return Init(A, B, INITIALIZERS["pissa"](W, own.r, own.scale).W0 if replayed else W)
 
-    built = build_layers(model, plan, start)
+    built = build_layers(model, plan, init_fn)
     apply_plan(model, plan, built)
     with torch.no_grad():
         state = model.state_dict(keep_vars=True)
@@ -256,7 +256,7 @@ def _to_peft(model: nn.Module, config: LoRAConfig) -> dict:
     the base: the path is the one that the base was loaded from, and so of use on the same machine alone.
     """
     settings = {name: getattr(config, name) for name in FIELDS}
-    settings["init_lora_weights"] = TO_PEFT.get(config.start, config.start)
+    settings["init_lora_weights"] = TO_PEFT.get(config.init_name, config.init_name)
     if settings["target_modules"] == "all-linear":
         paths = sorted(map(_plain, lora_layers(model)))
         others = {_plain(path) for path, _ in model.named_modules()} - set(paths)
@@ -291,7 +291,7 @@ def _names(path: str, kind: type[LoRALayer]) -> tuple[str, str]:
 
 
 def _file_shapes(base_weight: Tensor, kind: type[LoRALayer], r: int) -> tuple[tuple, tuple]:
-    d, k = kind.matrix(base_weight).shape
+    d, k = kind.weight_to_matrix(base_weight).shape
     if kind is LoRAConv2d:
         return (r, *base_weight.shape[1:]), (d, r, 1, 1)
     return (r, k), (d, r)

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 
 from ._checks import check_integer
 
-STARTS = ("kaiming", "gaussian", "zero_a", "random", "zero", "orthogonal", "pissa", "lora_ga")  # as initialization.py
+INITIALIZERS = (
+    "kaiming",
+    "gaussian",
+    "zero_a",
+    "random",
+    "zero",
+    "orthogonal",
+    "pissa",
+    "lora_ga",
+)  # as initialization.py
 
 
 def scale(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -30,7 +39,7 @@ class LoRAConfig:
     r: rank of B·A, 1 … min(d, k). lora_alpha: α of the scale s, any finite number above 0.
     use_rslora: s = α/√r instead of α/r. lora_dropout: probability, in [0, 1), that the adapter (not the
     base) does not see an entry of its input while training. init_lora_weights: True (= "kaiming"), False
-    (= "random") or a name of initialization.STARTS. bias: which biases are trained, "none", "all" or
+    (= "random") or a name of initialization.INITIALIZERS. bias: which biases are trained, "none", "all" or
     "lora_only". fan_in_fan_out: the base stores its weight as (in, out), as GPT-2 does.
 
     For whole models: target_modules and exclude_modules (a list of names or dotted suffixes, a regular
@@ -65,8 +74,8 @@ class LoRAConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.use_dora:
             raise ValueError("use_dora = True is not implemented; leave it False, or use peft for DoRA")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in STARTS:
-            known = ", ".join(STARTS)
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITIALIZERS:
+            known = ", ".join(INITIALIZERS)
             raise ValueError(
                 f"init_lora_weights = {self.init_lora_weights!r} is unknown; choose True, False or {known}"
             )
@@ -99,6 +108,6 @@ class LoRAConfig:
         return scale(lora_alpha, r, self.use_rslora)
 
     @property
-    def start(self) -> str:
-        """The name, in initialization.STARTS, of how A and B begin."""
+    def init_name(self) -> str:
+        """The name, in initialization.INITIALIZERS, of how A and B begin."""
         return {True: "kaiming", False: "random"}.get(self.init_lora_weights, self.init_lora_weights)

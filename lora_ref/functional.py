@@ -12,7 +12,7 @@ computes the same with the backward written out, so that
 - Z is computed once for two gradients; a gradient that nobody asked for is not computed, ∂L/∂W0 least of all.
 
 Multiply-adds beyond the frozen layer's (forward and backward): 3·N·r·(d+k) as above. With
-W = W0 + s·B·A formed first, 2·N·r·(d+k) + 2·d·k·r, and a buffer of d·k numbers: `materialises` says
+W = W0 + s·B·A formed first, 2·N·r·(d+k) + 2·d·k·r, and a buffer of d·k numbers: `should_materialize` says
 when that is right. Source: the chain rule; Hu et al. 2021 (arXiv 2106.09685), equation 3.
 """
 
@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 1 << 15  # a 16-bit X, with Y at most so many numbers each, is cast up, and not kept, for the products with A
+CPU_UPCAST_MAX_NUMEL = (
+    1 << 15
+)  # a 16-bit X, with Y at most so many numbers each, is cast up, and not kept, for the products with A
 # and B: on a CPU each 16-bit product costs 12 µs before it begins, more than the cast
-LANES = 1 << 16  # a dropout mask is drawn from 16-bit integers: p is rounded to a multiple of 1/LANES
+DROPOUT_LEVELS = 1 << 16  # a dropout mask is drawn from 16-bit integers: p is rounded to a multiple of 1/DROPOUT_LEVELS
 
 
 def lora_linear_reference(
@@ -61,8 +63,8 @@ def lora_linear(
     D is inverted dropout with probability dropout_p while `training`, else the identity; it acts on the
     adapter's x alone. x, weight and bias share a dtype; A and B keep their own, and so do their gradients:
     they are cast to x's for the products, x not to theirs (on a CPU a 16-bit x is, for the moment of a
-    product, where neither x nor y has more than SMALL numbers). Under autocast x, weight and bias are cast
-    as F.linear casts them. dropout_p counts in steps of 1/LANES. Any layout of x and of the gradient, and
+    product, where neither x nor y has more than CPU_UPCAST_MAX_NUMEL numbers). Under autocast x, weight and bias are cast
+    as F.linear casts them. dropout_p counts in steps of 1/DROPOUT_LEVELS. Any layout of x and of the gradient, and
     an empty batch, will do.
 
     Differentiable twice. Under torch.compile and torch.func's transforms (vmap, grad, jvp …) the
@@ -87,7 +89,7 @@ def lora_linear(
     return LoRALinearFunction.apply(X, weight, bias, A, B, scale, p).view(*x.shape[:-1], len(weight))
 
 
-def materialises(N: int, d: int, k: int, dtype: torch.dtype, dropout_p: float = 0.0) -> bool:
+def should_materialize(N: int, d: int, k: int, dtype: torch.dtype, dropout_p: float = 0.0) -> bool:
     """Whether W = W0 + s·B·A is formed before the product: N ≥ 40·dk/(d+k), no dropout, 32 or 64 bits.
 
     Forming W takes d·k·r multiply-adds where adding H·Bᵀ or Z·A takes N·r·d or N·r·k, so it costs less as
@@ -160,7 +162,7 @@ def _keep_mask(X: Tensor, p: float) -> Tensor:
     A quarter of the time of bernoulli_ on a CPU, which draws at least 32 bits for each number.
     """
     lanes = torch.empty(-(-X.numel() // 4), dtype=torch.int64, device=X.device).random_(-(2**63), None)
-    return (lanes.view(torch.int16)[: X.numel()] >= round(p * LANES) - LANES // 2).view(X.shape)
+    return (lanes.view(torch.int16)[: X.numel()] >= round(p * DROPOUT_LEVELS) - DROPOUT_LEVELS // 2).view(X.shape)
 
 
 def _number(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,8 +171,8 @@ def _number(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product_dtype(X: Tensor, W0: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of the products with A and B: X's, or A's where X and Y are tiny (see SMALL)."""
-    tiny = X.itemsize == 2 and len(X) * max(W0.shape) <= SMALL and X.device.type == "cpu"
+    """The dtype of the products with A and B: X's, or A's where X and Y are tiny (see CPU_UPCAST_MAX_NUMEL)."""
+    tiny = X.itemsize == 2 and len(X) * max(W0.shape) <= CPU_UPCAST_MAX_NUMEL and X.device.type == "cpu"
     return A.dtype if tiny else X.dtype
 
 
@@ -195,10 +197,10 @@ class LoRALinearFunction(torch.autograd.Function):
         dtype = _product_dtype(X, W0, A)
         a, b, dropped, mask = _to(A, dtype), _to(B, dtype), X, None
         if p:
-            p = min(round(p * LANES), LANES - 1) / LANES
+            p = min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1) / DROPOUT_LEVELS
             mask = _keep_mask(X, p)
             dropped, s = _number(mask, X.dtype).mul_(X), s / (1 - p)
-        materialised = materialises(len(X), *W0.shape, X.dtype, p)
+        materialised = should_materialize(len(X), *W0.shape, X.dtype, p)
         H = torch.mm(_to(dropped, dtype), a.t()) if need_B or not materialised else None
         if materialised:
             Y = F.linear(X, torch.addmm(W0, b, a, alpha=s), bias)

@@ -1,10 +1,10 @@
-"""Where A and B begin: pure functions of (W, r, s, …) → Start(A, B, W0).
+"""Where A and B begin: pure functions of (W, r, s, …) → Init(A, B, W0).
 
 Each takes the pretrained W (d, k) and returns A (r, k), B (d, r) and the matrix W0 to freeze, so that
 the layer computes W0 + s·B·A. Most leave W0 = W and B·A = 0, and the adapted layer begins as the
 pretrained one. Those that begin with B·A ≠ 0 either take it off, W0 = W − s·B·A (PiSSA, LoRA-GA),
 or change the layer and say so. W itself is never written to. A and B come in float32 when W has
-16 bits, else in W's dtype. STARTS maps the names of LoRAConfig.init_lora_weights to the functions.
+16 bits, else in W's dtype. INITIALIZERS maps the names of LoRAConfig.init_lora_weights to the functions.
 
 Every function takes a `generator` on W's device (None: the global one) and checks W, r and s:
 TypeError or ValueError for a W that is not a finite real matrix, r outside 1 … min(d, k), s ≤ 0.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_generator, check_matrix, check_rank
-from .config import STARTS as NAMES
+from .config import INITIALIZERS as NAMES
 
 
-class Start(NamedTuple):
+class Init(NamedTuple):
     """A (r, k), B (d, r), and the W0 (d, k) to freeze beside them."""
 
     A: Tensor
@@ -29,36 +29,36 @@ class Start(NamedTuple):
     W0: Tensor
 
 
-def kaiming(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def kaiming(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A_ij ~ U(−1/√k, 1/√k), variance 1/(3k); B = 0; W0 = W: loralib's and PEFT's default.
 
     It is kaiming_uniform_ with a = √5, nn.Linear's own. Source: loralib 0.1.2; PEFT init_lora_weights=True.
     """
     new = _factors(W, r, s, generator)
-    return Start(new(r, W.shape[1]).uniform_(-1, 1, generator=generator) / math.sqrt(W.shape[1]), new(len(W), r), W)
+    return Init(new(r, W.shape[1]).uniform_(-1, 1, generator=generator) / math.sqrt(W.shape[1]), new(len(W), r), W)
 
 
-def gaussian(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def gaussian(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A_ij ~ N(0, 1/r²), B = 0, W0 = W: Hu et al.'s "random Gaussian", with PEFT's width.
 
     Its A is √(3k)/r times as wide as `kaiming`'s. Source: Hu et al. 2021, §4.1; PEFT "gaussian".
     """
     new = _factors(W, r, s, generator)
-    return Start(new(r, W.shape[1]).normal_(generator=generator) / r, new(len(W), r), W)
+    return Init(new(r, W.shape[1]).normal_(generator=generator) / r, new(len(W), r), W)
 
 
-def zero_a(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def zero_a(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A = 0, B_ij ~ U(−1/√r, 1/√r), W0 = W: the other one-sided start; not `kaiming` mirrored in its dynamics.
 
     PEFT and loralib start embeddings from A = 0 (with B ~ N(0, 1)). Source: Hayou et al. 2024 (arXiv 2406.08447).
     """
     new = _factors(W, r, s, generator)
-    return Start(new(r, W.shape[1]), new(len(W), r).uniform_(-1, 1, generator=generator) / math.sqrt(r), W)
+    return Init(new(r, W.shape[1]), new(len(W), r).uniform_(-1, 1, generator=generator) / math.sqrt(r), W)
 
 
 def random(
     W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None, std: float | None = None
-) -> Start:
+) -> Init:
     """Both random, W0 = W: the layer no longer begins as W, but as W + s·B·A.
 
     With `std`, A and B ~ N(0, std²): each entry of s·B·A then has standard deviation s·std²·√r. Without,
@@ -72,16 +72,16 @@ def random(
         A, B = kaiming(W, r, s, generator).A, zero_a(W, r, s, generator).B
     else:
         A, B = A.normal_(generator=generator) * std, B.normal_(generator=generator) * std
-    return Start(A, B, W)
+    return Init(A, B, W)
 
 
-def zero(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def zero(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A = B = 0, W0 = W: a saddle. Both gradients vanish, and no gradient method ever leaves it (lesson 04)."""
     new = _factors(W, r, s, generator)
-    return Start(new(r, W.shape[1]), new(len(W), r), W)
+    return Init(new(r, W.shape[1]), new(len(W), r), W)
 
 
-def orthogonal(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def orthogonal(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """B·A = 0 with neither factor 0, W0 = W: the rows of A live in one half of an orthonormal basis Q of R^r
     (r×r), those of B in the other.
 
@@ -94,10 +94,10 @@ def orthogonal(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | N
         raise ValueError(f"r = {r} is odd, and the orthogonal start halves it; choose an even rank")
     Q = torch.linalg.qr(new(r, r).normal_(generator=generator)).Q
     A = Q[0::2].mT @ new(r // 2, W.shape[1]).normal_(generator=generator) / 10
-    return Start(A, new(len(W), r // 2).normal_(generator=generator) @ Q[1::2] / 10, W)
+    return Init(A, new(len(W), r // 2).normal_(generator=generator) @ Q[1::2] / 10, W)
 
 
-def pissa(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Start:
+def pissa(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """s·B·A = the best rank-r approximation of W, W0 = the rest: the principal part is trained.
 
         W = U·diag(σ)·Vᵀ:   B = U_r·diag(√(σ/s)),   A = diag(√(σ/s))·V_rᵀ,   W0 = W − s·B·A
@@ -119,7 +119,7 @@ def lora_ga(
     *,
     gradient: Tensor,
     gamma: float = 16.0,
-) -> Start:
+) -> Init:
     """A and B span the first gradient's top singular directions, W0 = W − s·B·A.
 
         ∂L/∂W = G = U·diag(σ)·Vᵀ:   A = c·V_{1…r}ᵀ,   B = c·U_{r+1…2r},   c = d^¼/√(γ·s)
@@ -143,7 +143,7 @@ def lora_ga(
     return _residual(W, c * Vh[:r], c * U[:, r : 2 * r], s)
 
 
-STARTS = dict(zip(NAMES, (kaiming, gaussian, zero_a, random, zero, orthogonal, pissa, lora_ga), strict=True))
+INITIALIZERS = dict(zip(NAMES, (kaiming, gaussian, zero_a, random, zero, orthogonal, pissa, lora_ga), strict=True))
 
 
 def _factors(W: Tensor, r: int, s: float, generator: torch.Generator | None):
@@ -162,5 +162,5 @@ def _check_positive(value: float, name: str, mend: str) -> None:
         raise ValueError(f"{name} = {value!r} is out of range; {mend}")
 
 
-def _residual(W: Tensor, A: Tensor, B: Tensor, s: float) -> Start:
-    return Start(A.contiguous(), B.contiguous(), (W.detach().to(A.dtype) - s * (B @ A)).to(W.dtype))
+def _residual(W: Tensor, A: Tensor, B: Tensor, s: float) -> Init:
+    return Init(A.contiguous(), B.contiguous(), (W.detach().to(A.dtype) - s * (B @ A)).to(W.dtype))

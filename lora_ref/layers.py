@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ._checks import check_generator, check_rank
 from .config import LoRAConfig
 from .functional import lora_linear
-from .initialization import STARTS, Start
+from .initialization import INITIALIZERS, Init
 
 
 class LoRALayer(nn.Module):
     """The common part. It takes over the base's own weight and bias, freezes the weight, and adds A and B.
 
     `weight` and `bias` are the base's parameters themselves (the bias is trained if config.bias says so);
-    `lora_A` (r, k) and `lora_B` (d, r) are new, in float32 when the base has 16 bits. `start` overrides
+    `lora_A` (r, k) and `lora_B` (d, r) are new, in float32 when the base has 16 bits. `init` overrides
     config.init_lora_weights; a start with its own W0 (PiSSA, LoRA-GA) replaces `weight` by a new parameter and
     leaves the base's as it is, for whoever shares it. `generator`, on the base's device, makes A and B
     reproducible.
@@ -36,57 +36,59 @@ class LoRALayer(nn.Module):
     what is not merged.
     """
 
-    kind: type = nn.Module  # of the base
-    sizes: tuple[str, ...] = ()  # of the base's attributes that other code reads off a layer
+    base_type: type = nn.Module  # of the base
+    mirrored_attributes: tuple[str, ...] = ()  # of the base's attributes that other code reads off a layer
 
     def __init__(
         self,
         base: nn.Module,
         config: LoRAConfig = LoRAConfig(),
-        start: Start | None = None,
+        init: Init | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.check(base, config)
-        W0 = self.matrix(base.weight.detach())
+        W0 = self.weight_to_matrix(base.weight.detach())
         check_rank(config.r, *W0.shape)
         check_generator(generator, W0.device)
-        if start is None:
-            start = self.first(W0, config, generator)
-        if not isinstance(start, Start):
-            raise TypeError(f"start must be a Start(A, B, W0), got {type(start).__name__}; see initialization.STARTS")
+        if init is None:
+            init = self.initial_factors(W0, config, generator)
+        if not isinstance(init, Init):
+            raise TypeError(
+                f"init must be an Init(A, B, W0), got {type(init).__name__}; see initialization.INITIALIZERS"
+            )
         (d, k), r = W0.shape, config.r
-        if start.A.shape != (r, k) or start.B.shape != (d, r) or start.W0.shape != (d, k):
-            shapes = ", ".join(f"{name} {tuple(M.shape)}" for name, M in start._asdict().items())
+        if init.A.shape != (r, k) or init.B.shape != (d, r) or init.W0.shape != (d, k):
+            shapes = ", ".join(f"{name} {tuple(M.shape)}" for name, M in init._asdict().items())
             raise ValueError(f"the start has {shapes}; this layer needs A ({r}, {k}), B ({d}, {r}), W0 ({d}, {k})")
         self.config, self.scale, self.lora_dropout = config, config.scale, config.lora_dropout
-        for name in self.sizes:
+        for name in self.mirrored_attributes:
             setattr(self, name, getattr(base, name))
         self.weight, self.bias = base.weight, getattr(base, "bias", None)
-        if start.W0.data_ptr() != W0.data_ptr():
-            self.weight = _parameter(self.as_weight(start.W0))
+        if init.W0.data_ptr() != W0.data_ptr():
+            self.weight = _parameter(self.matrix_to_weight(init.W0))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(config.bias != "none")
-        self.lora_A, self.lora_B = _parameter(start.A), _parameter(start.B)
+        self.lora_A, self.lora_B = _parameter(init.A), _parameter(init.B)
         self.register_buffer("merged_weight", None, persistent=False)
 
     # What a kind of layer says about itself
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def weight_to_matrix(weight: Tensor) -> Tensor:
         """The weight as W0 (d, k): a view."""
         return weight
 
-    def as_weight(self, W: Tensor) -> Tensor:
-        """W (d, k) in the layout of the weight: the inverse of `matrix`."""
+    def matrix_to_weight(self, W: Tensor) -> Tensor:
+        """W (d, k) in the layout of the weight: the inverse of `weight_to_matrix`."""
         return W
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The base's forward, with this weight."""
         raise NotImplementedError
 
-    def apply_adapter(self, x: Tensor) -> Tensor:
+    def adapted_forward(self, x: Tensor) -> Tensor:
         """The base's forward plus s·B·A's, for training."""
         raise NotImplementedError
 
@@ -96,12 +98,14 @@ class LoRALayer(nn.Module):
     def check(cls, base: nn.Module, config: LoRAConfig) -> None:
         if isinstance(base, LoRALayer):
             raise TypeError(f"this {type(base).__name__} has an adapter already; wrap a plain layer")
-        if not isinstance(base, cls.kind):
+        if not isinstance(base, cls.base_type):
             kinds = "LoRALinear, LoRAEmbedding, LoRAConv2d and LoRAConv1D (GPT-2's)"
-            raise TypeError(f"{cls.__name__} wraps {cls.kind.__name__}, got {type(base).__name__}; there are {kinds}")
-        if type(base).forward is not cls.kind.forward:
             raise TypeError(
-                f"{type(base).__name__} is a {cls.kind.__name__} with a forward of its own, which {cls.__name__} "
+                f"{cls.__name__} wraps {cls.base_type.__name__}, got {type(base).__name__}; there are {kinds}"
+            )
+        if type(base).forward is not cls.base_type.forward:
+            raise TypeError(
+                f"{type(base).__name__} is a {cls.base_type.__name__} with a forward of its own, which {cls.__name__} "
                 "would not compute; adapt a layer inside it, if it has one"
             )
         if type(base).__name__ == "NonDynamicallyQuantizableLinear":
@@ -109,10 +113,10 @@ class LoRALayer(nn.Module):
                 "this layer is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: an "
                 "adapter would do nothing; use separate linear layers for attention"
             )
-        cls.check_parts(base, config)
+        cls.check_supported(base, config)
 
     @staticmethod
-    def check_parts(base: nn.Module, config: LoRAConfig) -> None:
+    def check_supported(base: nn.Module, config: LoRAConfig) -> None:
         if not isinstance(config, LoRAConfig):
             raise TypeError(f"config must be a LoRAConfig, got {config!r}; use LoRAConfig(r=8, lora_alpha=16)")
         if not isinstance(base.weight, nn.Parameter):
@@ -120,32 +124,32 @@ class LoRALayer(nn.Module):
         if not base.weight.is_floating_point() or base.weight.itemsize < 2:
             raise TypeError(f"the base's weight is {base.weight.dtype}, not 16 bits or more; dequantise it first")
 
-    def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
+    def initial_factors(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Init:
         """Where A and B begin when no start is given."""
-        if config.start == "lora_ga":
-            raise ValueError("init_lora_weights = 'lora_ga' needs a gradient; pass start=lora_ga(W, r, s, gradient=…)")
+        if config.init_name == "lora_ga":
+            raise ValueError("init_lora_weights = 'lora_ga' needs a gradient; pass init=lora_ga(W, r, s, gradient=…)")
         if W0.is_meta:  # shapes alone: for counting
             dtype = torch.promote_types(W0.dtype, torch.float32)
             new = W0.new_empty
-            return Start(new(config.r, W0.shape[1], dtype=dtype), new(len(W0), config.r, dtype=dtype), W0)
-        return STARTS[config.start](W0, config.r, config.scale, generator)
+            return Init(new(config.r, W0.shape[1], dtype=dtype), new(len(W0), config.r, dtype=dtype), W0)
+        return INITIALIZERS[config.init_name](W0, config.r, config.scale, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_weight is None or (
             torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad)
         ):
-            return self.apply_adapter(x)
+            return self.adapted_forward(x)
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():  # the factors may be a transform's, gone after it
-                return self.apply_adapter(x)
+                return self.adapted_forward(x)
             if self._versions != self._current():
                 self._form()
-        return self.apply_weight(x, self.merged_weight)
+        return self.base_forward(x, self.merged_weight)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s·B·A in the layout of the weight, in the factors' dtype."""
-        return self.as_weight(self.scale * (self.lora_B @ self.lora_A))
+        return self.matrix_to_weight(self.scale * (self.lora_B @ self.lora_A))
 
     @property
     def merged(self) -> bool:
@@ -182,7 +186,7 @@ class LoRALayer(nn.Module):
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in factors)
 
     def extra_repr(self) -> str:
-        (d, k), c = self.matrix(self.weight).shape, self.config
+        (d, k), c = self.weight_to_matrix(self.weight).shape, self.config
         rule = "/√r" if c.use_rslora else "/r"
         return (
             f"d={d}, k={k}, r={len(self.lora_A)}, lora_alpha={c.lora_alpha:g}, scale={self.scale:g} (α{rule})"
@@ -204,16 +208,16 @@ class LoRALinear(LoRALayer):
     torch.backends.mha.set_fastpath_enabled(False)). Source: Hu et al. 2021 (arXiv 2106.09685).
     """
 
-    kind = nn.Linear
-    sizes = ("in_features", "out_features")
+    base_type = nn.Linear
+    mirrored_attributes = ("in_features", "out_features")
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
-    def apply_adapter(self, x: Tensor) -> Tensor:
+    def adapted_forward(self, x: Tensor) -> Tensor:
         return lora_linear(
             x,
-            self.matrix(self.weight),
+            self.weight_to_matrix(self.weight),
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -229,7 +233,7 @@ class LoRAConv1D(LoRALinear):
     Takes transformers' Conv1D, known by its name, so that transformers need not be there.
     """
 
-    sizes = ("nf",)
+    mirrored_attributes = ("nf",)
 
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig) -> None:
@@ -238,16 +242,16 @@ class LoRAConv1D(LoRALinear):
                 f"LoRAConv1D wraps transformers' Conv1D, GPT-2's linear layer, got {type(base).__name__}; "
                 "for nn.Linear use LoRALinear; nn.Conv1d has no LoRA layer here"
             )
-        cls.check_parts(base, config)
+        cls.check_supported(base, config)
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def weight_to_matrix(weight: Tensor) -> Tensor:
         return weight.T
 
-    def as_weight(self, W: Tensor) -> Tensor:
+    def matrix_to_weight(self, W: Tensor) -> Tensor:
         return W.T
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.T, self.bias)
 
 
@@ -260,8 +264,8 @@ class LoRAEmbedding(LoRALayer):
     Errors: ValueError for max_norm or sparse=True, which rewrite or spare rows of the weight.
     """
 
-    kind = nn.Embedding
-    sizes = ("num_embeddings", "embedding_dim", "padding_idx")
+    base_type = nn.Embedding
+    mirrored_attributes = ("num_embeddings", "embedding_dim", "padding_idx")
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -277,25 +281,25 @@ class LoRAEmbedding(LoRALayer):
                     f"the embedding has {name} = {getattr(base, name)!r}, of no use to a frozen weight; unset it"
                 )
 
-    def first(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Start:
-        start = super().first(W0, config, generator)
-        if config.start != "kaiming" or W0.is_meta:
-            return start
-        return Start(torch.zeros_like(start.A), torch.empty_like(start.B).normal_(generator=generator), W0)
+    def initial_factors(self, W0: Tensor, config: LoRAConfig, generator: torch.Generator | None) -> Init:
+        init = super().initial_factors(W0, config, generator)
+        if config.init_name != "kaiming" or W0.is_meta:
+            return init
+        return Init(torch.zeros_like(init.A), torch.empty_like(init.B).normal_(generator=generator), W0)
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def weight_to_matrix(weight: Tensor) -> Tensor:
         return weight.T
 
-    def as_weight(self, W: Tensor) -> Tensor:
+    def matrix_to_weight(self, W: Tensor) -> Tensor:
         return W.T
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, **self.options)
 
-    def apply_adapter(self, x: Tensor) -> Tensor:
-        y = self.apply_weight(x, self.weight)
-        update = self.scale * F.linear(self.apply_weight(x, self.lora_A.T), self.lora_B)
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        y = self.base_forward(x, self.weight)
+        update = self.scale * F.linear(self.base_forward(x, self.lora_A.T), self.lora_B)
         return y + update.to(y.dtype)
 
 
@@ -307,8 +311,8 @@ class LoRAConv2d(LoRALayer):
     Errors: ValueError for groups other than 1 or a padding_mode other than "zeros".
     """
 
-    kind = nn.Conv2d
-    sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    base_type = nn.Conv2d
+    mirrored_attributes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -324,17 +328,17 @@ class LoRAConv2d(LoRALayer):
             )
 
     @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
+    def weight_to_matrix(weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def as_weight(self, W: Tensor) -> Tensor:
+    def matrix_to_weight(self, W: Tensor) -> Tensor:
         return W.view(len(W), *self.weight.shape[1:])
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, **self.options)
 
-    def apply_adapter(self, x: Tensor) -> Tensor:
-        y = self.apply_weight(x, self.weight)
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        y = self.base_forward(x, self.weight)
         dropped = F.dropout(x, self.lora_dropout, self.training)
-        h = F.conv2d(dropped, self.as_weight(self.lora_A).to(x.dtype), **self.options)
+        h = F.conv2d(dropped, self.matrix_to_weight(self.lora_A).to(x.dtype), **self.options)
         return y + self.scale * F.conv2d(h, self.lora_B.to(x.dtype)[:, :, None, None])

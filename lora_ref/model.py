@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .config import LoRAConfig
-from .initialization import Start
+from .initialization import Init
 from .layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 
 PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern must match
@@ -46,7 +46,7 @@ class Count(NamedTuple):
 def add_lora(
     model: nn.Module,
     config: LoRAConfig,
-    starts: Callable[[str, torch.Tensor, LoRAConfig], Start] | None = None,
+    init_fn: Callable[[str, torch.Tensor, LoRAConfig], Init] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Adapt the model in place and return it: W = W0 + s·B·A in every targeted layer, all else frozen.
@@ -58,7 +58,7 @@ def add_lora(
     (any ending of a path, as in peft) are trained in full, each as a copy of its own, so that a tied weight elsewhere
     stays frozen. config.bias: "lora_only" trains the adapted layers' biases, "all" every bias.
 
-    `starts(path, W, config)` overrides how a layer begins; `generator` makes the starts reproducible. With
+    `init_fn(path, W, config)` overrides how a layer begins; `generator` makes the starts reproducible. With
     gradient checkpointing the inputs of the first layers are made to want a gradient, without which there would
     be none for the adapters. Works on the meta device, for counting.
 
@@ -68,8 +68,8 @@ def add_lora(
     """
     whole, model = model, uncompiled(model)
     plan = plan_lora(model, config)
-    built = build_layers(model, plan, starts or (lambda path, W, own: None), generator)
-    if starts is not None:  # what a reader of the adapter must know: whether the base is still what it was
+    built = build_layers(model, plan, init_fn or (lambda path, W, own: None), generator)
+    if init_fn is not None:  # what a reader of the adapter must know: whether the base is still what it was
         kept = all(layer.weight is model.get_submodule(path).weight for path, layer in built.items())
         plan = plan._replace(config=dataclasses.replace(config, init_lora_weights=kept or "lora_ga"))
     apply_plan(model, plan, built)
@@ -79,7 +79,7 @@ def add_lora(
 def build_layers(
     model: nn.Module,
     plan: Plan,
-    starts: Callable[[str, torch.Tensor, LoRAConfig], Start | None],
+    init_fn: Callable[[str, torch.Tensor, LoRAConfig], Init | None],
     generator: torch.Generator | None = None,
 ) -> dict[str, LoRALayer]:
     """The plan's LoRA layers, not yet in the model. If one cannot be built, what the others froze is as before."""
@@ -89,9 +89,9 @@ def build_layers(
         for path, own in plan.layers.items():
             base = model.get_submodule(path)
             kind = layer_kind(base)
-            start = starts(path, kind.matrix(base.weight.detach()), own)
+            init = init_fn(path, kind.weight_to_matrix(base.weight.detach()), own)
             try:
-                built[path] = kind(base, own, start, generator)
+                built[path] = kind(base, own, init, generator)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from None
     except BaseException:

@@ -23,7 +23,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import (
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForCausalLM,
+)
+
+from lora_ref import LoRAConfig, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
+from lora_ref.checkpoint import CONFIG, PREFIX, TENSORS, read_config
+from lora_ref.config import INITIALIZERS
+from lora_ref.initialization import pissa
+from lora_ref.layers import LoRALinear
+from lora_ref.model import count_parameters, lora_layers
+from tests.test_model import (
     ARCHITECTURES,
     BF16,
     CONFIGS,
@@ -45,21 +60,6 @@ from test_model import (
     state,
     twins,
 )
-from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    LlamaForCausalLM,
-)
-
-from lora_ref import LoRAConfig, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
-from lora_ref.checkpoint import CONFIG, PREFIX, TENSORS, read_config
-from lora_ref.config import STARTS
-from lora_ref.initialization import pissa
-from lora_ref.layers import LoRALinear
-from lora_ref.model import count_parameters, lora_layers
 
 LAYER = "model.layers.0.self_attn.q_proj"
 KEY = f"{PREFIX}{LAYER}.lora_A.weight"
@@ -298,7 +298,7 @@ PATTERNS = ["q_proj", r".*_proj", r"layers\.\d+\..*"]
     targets=st.one_of(NAMES, NAMES.map(set), NAMES.map(tuple), st.sampled_from([r".*_proj", "all-linear"])),
     excluded=st.sampled_from([None, ["down_proj"], r".*\.o_proj", ("o_proj", "down_proj")]),
     full=st.sampled_from([None, ["lm_head"], ("lm_head", "norm")]),
-    start=st.sampled_from([True, False, *STARTS]),
+    start=st.sampled_from([True, False, *INITIALIZERS]),
     ranks=st.dictionaries(st.sampled_from(PATTERNS), st.integers(1, 12).map(lambda r: 2 * r), max_size=2),
     alphas=st.dictionaries(st.sampled_from(PATTERNS), st.floats(0.5, 1e3), max_size=2),
     r=st.integers(1, 3).map(lambda r: 2 * r),
@@ -481,7 +481,9 @@ def test_a_base_changed_by_what_no_file_holds_is_not_saved(tmp_path, refused):
     assert not (tmp_path / "no").exists()
     for start in ("zero_a", "kaiming"):  # the base is as it was: the file says so, and peft replays nothing
         config = LoRAConfig(r=3, lora_alpha=7, target_modules=["q_proj"], init_lora_weights="pissa")
-        model = add_lora(copy.deepcopy(base), config, lambda path, W, c: checkpoint.STARTS[start](W, c.r, c.scale))
+        model = add_lora(
+            copy.deepcopy(base), config, lambda path, W, c: checkpoint.INITIALIZERS[start](W, c.r, c.scale)
+        )
         randomize(model).eval()
         save_adapter(model, tmp_path)
         assert settings_in(tmp_path)["init_lora_weights"] is True

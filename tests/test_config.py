@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import lora_ref
-from lora_ref.config import STARTS, LoRAConfig, scale
+from lora_ref.config import INITIALIZERS, LoRAConfig, scale
 
 MODULES = sorted(Path(lora_ref.__file__).parent.rglob("*.py"))
 FIELDS = [field.name for field in dataclasses.fields(LoRAConfig)]
@@ -223,7 +223,7 @@ def test_every_field_is_checked():
         {"target_modules": [], "modules_to_save": []},
         {"rank_pattern": {"^model.*q": np.int64(3)}, "alpha_pattern": {"v": 0.5}},
         *({"bias": bias} for bias in ("none", "all", "lora_only")),
-        *({"init_lora_weights": name} for name in (True, False, *STARTS)),
+        *({"init_lora_weights": name} for name in (True, False, *INITIALIZERS)),
     ],
     ids=repr,
 )
@@ -233,6 +233,6 @@ def test_what_is_allowed(values):
 
 
 def test_the_start_is_named_as_in_pefts_docs():
-    assert LoRAConfig().start == LoRAConfig(init_lora_weights="kaiming").start == "kaiming"
-    assert LoRAConfig(init_lora_weights=False).start == "random"
-    assert [LoRAConfig(init_lora_weights=name).start for name in STARTS] == list(STARTS)
+    assert LoRAConfig().init_name == LoRAConfig(init_lora_weights="kaiming").init_name == "kaiming"
+    assert LoRAConfig(init_lora_weights=False).init_name == "random"
+    assert [LoRAConfig(init_lora_weights=name).init_name for name in INITIALIZERS] == list(INITIALIZERS)

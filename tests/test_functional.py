@@ -18,13 +18,19 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lora_ref import functional
-from lora_ref.functional import LANES, SMALL, lora_linear, lora_linear_reference, materialises
+from lora_ref.functional import (
+    CPU_UPCAST_MAX_NUMEL,
+    DROPOUT_LEVELS,
+    lora_linear,
+    lora_linear_reference,
+    should_materialize,
+)
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 S = 0.7
 NAMES = ("x", "weight", "bias", "A", "B")
 ADAPTER = ("x", "A", "B")
-LARGE = (3, 400)  # rows of a d=5, k=7 layer beyond the bound of `materialises`
+LARGE = (3, 400)  # rows of a d=5, k=7 layer beyond the bound of `should_materialize`
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 each_shape = pytest.mark.parametrize("lead", [(2, 3), LARGE], ids=["factored", "materialised"])
 each_dropout = pytest.mark.parametrize("p", [0.0, 0.3])
@@ -92,7 +98,7 @@ def mask_of(seed, lead, k, p, dtype=F64):
 @pytest.fixture
 def formed(monkeypatch):
     """Form W0 + s·B·A for every shape, so that small ones test it too."""
-    monkeypatch.setattr(functional, "materialises", lambda N, d, k, dtype, p: p == 0)
+    monkeypatch.setattr(functional, "should_materialize", lambda N, d, k, dtype, p: p == 0)
 
 
 @pytest.fixture
@@ -155,7 +161,7 @@ def test_first_and_second_derivatives_equal_finite_differences(form, bias, train
 @each_shape
 def test_derivatives_of_a_real_shape_equal_finite_differences(lead):
     N = math.prod(lead)
-    assert materialises(N, 5, 7, F64) == (lead == LARGE)
+    assert should_materialize(N, 5, 7, F64) == (lead == LARGE)
     parts = problem(*lead)
     values = [parts[name] for name in ADAPTER]
     function = lambda x, A, B: lora_linear(x, parts["weight"], parts["bias"], A, B, S)  # noqa: E731
@@ -226,14 +232,14 @@ def test_any_leading_shape_layout_rank_scale_and_bias(lead, sizes, bias, scale, 
     parts["x"] = LAYOUTS[of_x](parts["x"]).detach().requires_grad_()
     G = LAYOUTS[of_G](torch.randn(*lead, d, generator=generator(5), dtype=F64))
     mask, wanted = mask_of(7, lead, k, p) if p else 1.0, [part for part in parts.values() if part is not None]
-    rule = functional.materialises
+    rule = functional.should_materialize
     try:
-        functional.materialises = lambda *shape: form and shape[-1] == 0
+        functional.should_materialize = lambda *shape: form and shape[-1] == 0
         torch.manual_seed(7)
         y = lora_linear(*parts.values(), scale, p, True)
         found = [y, *torch.autograd.grad(y, wanted, G)]
     finally:
-        functional.materialises = rule
+        functional.should_materialize = rule
     truth = formula(*parts.values(), scale, mask)
     truth = [truth, *torch.autograd.grad(truth, wanted, G)]
     size = formula(*[None if t is None else abs(t) for t in parts.values()], abs(scale), mask)  # of the terms summed
@@ -310,9 +316,9 @@ def test_second_derivatives_for_every_choice_of_what_is_trained(wanted, form, re
 @pytest.mark.parametrize("trained", [("x", "B"), ("A",), ("B",)], ids="-".join)
 @pytest.mark.parametrize("d, k", [(40, 7), (7, 40)])
 def test_the_products_of_forward_and_backward_share_a_dtype(trained, d, k):
-    """16-bit x on one side of SMALL, y on the other."""
-    N = SMALL // 40 + 1
-    assert N * 7 <= SMALL < N * 40
+    """16-bit x on one side of CPU_UPCAST_MAX_NUMEL, y on the other."""
+    N = CPU_UPCAST_MAX_NUMEL // 40 + 1
+    assert N * 7 <= CPU_UPCAST_MAX_NUMEL < N * 40
     parts = problem(N, d=d, k=k, dtype=BF16, factors=F32, trained=trained)
     G = torch.randn(N, d, generator=generator(99), dtype=F64).to(BF16)
     found = step(lora_linear, parts, G)
@@ -361,7 +367,7 @@ def test_one_backward_for_many_upstream_gradients():
 
 @each_dtype
 @pytest.mark.parametrize("factors", [F32, F64, BF16, F16], ids=str)  # pitfall 18: unsloth#212, peft#2421
-@pytest.mark.parametrize("lead", [(2, 3), (SMALL // 7 + 1,)], ids=["small", "large"])
+@pytest.mark.parametrize("lead", [(2, 3), (CPU_UPCAST_MAX_NUMEL // 7 + 1,)], ids=["small", "large"])
 @each_dropout
 def test_y_has_the_dtype_of_x_and_each_gradient_that_of_its_tensor(dtype, factors, lead, p):
     parts = problem(*lead, dtype=dtype, factors=factors, trained=NAMES)
@@ -388,7 +394,7 @@ def test_y_has_the_dtype_of_x_and_each_gradient_that_of_its_tensor(dtype, factor
 def test_with_B_zero_the_output_is_the_frozen_layers_bit_for_bit(dtype, lead, p, bias, autocast):
     parts = problem(*lead, dtype=dtype, factors=F32, bias=bias)
     parts["B"] = torch.zeros_like(parts["B"]).requires_grad_()
-    assert materialises(math.prod(lead), 5, 7, F32, p) == (lead == LARGE and p == 0)
+    assert should_materialize(math.prod(lead), 5, 7, F32, p) == (lead == LARGE and p == 0)
     with torch.autocast("cpu", BF16, enabled=autocast):
         y = lora_linear(*parts.values(), S, p, True)
         base = F.linear(parts["x"], parts["weight"], parts["bias"])
@@ -396,7 +402,7 @@ def test_with_B_zero_the_output_is_the_frozen_layers_bit_for_bit(dtype, lead, p,
     assert torch.equal(y, base)
 
 
-@pytest.mark.parametrize("lead", [(2, 3), (3, 400), (SMALL // 7 + 1,)], ids=["small", "rows", "large"])
+@pytest.mark.parametrize("lead", [(2, 3), (3, 400), (CPU_UPCAST_MAX_NUMEL // 7 + 1,)], ids=["small", "rows", "large"])
 @each_dropout
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("inside", [False, True])  # where the backward runs
@@ -475,7 +481,7 @@ def test_beside_x_and_the_parameters_at_most_N_r_numbers_and_a_mask_are_kept(lea
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_a_large_16_bit_x_is_not_cast_up(dtype):
     """Seen from H, which is kept in the dtype of the products."""
-    N = SMALL // 7 + 1
+    N = CPU_UPCAST_MAX_NUMEL // 7 + 1
     parts = problem(N, dtype=dtype, factors=F32)
     assert [t.dtype for t in held(lambda: lora_linear(*parts.values(), S)) if t.shape == (N, 3)] == [dtype]
 
@@ -556,11 +562,11 @@ def test_the_meta_device_gives_shapes():
 )
 def test_materialises_is_its_docstrings_rule(N, d, k, dtype, p):
     enough = N >= 40 * d * k / (d + k) - 1e-9
-    assert materialises(N, d, k, dtype, p) == (enough and p == 0 and dtype in (F32, F64))
+    assert should_materialize(N, d, k, dtype, p) == (enough and p == 0 and dtype in (F32, F64))
 
 
 def test_materialises_from_the_bound_on():
-    assert materialises(80, 6, 3, F32) and not materialises(79, 6, 3, F32)  # 40·18/9 = 80
+    assert should_materialize(80, 6, 3, F32) and not should_materialize(79, 6, 3, F32)  # 40·18/9 = 80
 
 
 @pytest.mark.parametrize(
@@ -602,7 +608,7 @@ def test_every_call_draws_another_mask_and_a_seed_repeats_it():
     assert not torch.equal(lora_linear(*parts.values(), S, 0.5, True), lora_linear(*parts.values(), S, 0.5, True))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 / LANES, 0.25])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 / DROPOUT_LEVELS, 0.25])
 def test_the_mask_drops_with_probability_p_everywhere_and_independently(p):
     kept = mask_of(11, (20000,), 10, p) != 0
     n, dropped = kept.numel(), ~kept
@@ -622,13 +628,13 @@ def test_the_mask_drops_with_probability_p_everywhere_and_independently(p):
 @pytest.mark.parametrize("p", [0.3, 0.1, 1 / 3, 0.5, 0.999])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_what_is_kept_is_divided_by_one_minus_the_rounded_p(p, dtype):
-    rounded = round(p * LANES) / LANES
-    assert abs(rounded - p) <= 0.5 / LANES
+    rounded = round(p * DROPOUT_LEVELS) / DROPOUT_LEVELS
+    assert abs(rounded - p) <= 0.5 / DROPOUT_LEVELS
     values = mask_of(0, (4000,), 7, p, dtype).unique()
     assert values.tolist() == pytest.approx([0, 1 / (1 - rounded)], rel=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("p, values", [(1e-7, [1.0]), (1 - 1e-9, [0.0, LANES])])
+@pytest.mark.parametrize("p, values", [(1e-7, [1.0]), (1 - 1e-9, [0.0, DROPOUT_LEVELS])])
 def test_p_next_to_0_and_1(p, values):
     assert mask_of(0, (40000,), 7, p).unique().tolist() == values
     parts, found = problem(400, d=5), {}

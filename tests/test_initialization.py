@@ -15,14 +15,25 @@ from torch import nn
 
 from lora_ref import config, initialization
 from lora_ref.functional import lora_linear
-from lora_ref.initialization import STARTS, Start, gaussian, kaiming, lora_ga, orthogonal, pissa, random, zero, zero_a
+from lora_ref.initialization import (
+    INITIALIZERS,
+    Init,
+    gaussian,
+    kaiming,
+    lora_ga,
+    orthogonal,
+    pissa,
+    random,
+    zero,
+    zero_a,
+)
 from lora_ref.svd import truncated_svd
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 S = 0.7
 BEGINS_AS_W = {"kaiming", "gaussian", "zero_a", "zero", "orthogonal"}  # B·A = 0
 RESIDUAL = {"pissa", "lora_ga"}  # s·B·A is taken off W
-each_start = pytest.mark.parametrize("name", STARTS)
+each_start = pytest.mark.parametrize("name", INITIALIZERS)
 
 
 def generator(seed=0):
@@ -36,7 +47,7 @@ def normal(*shape, seed=0, dtype=F64):
 def start(name, W, r, s=S, generator=None, **options):
     if name == "lora_ga":
         options.setdefault("gradient", normal(*W.shape, seed=77, dtype=F64 if W.dtype == F64 else F32))
-    return STARTS[name](W, r, s, generator, **options)
+    return INITIALIZERS[name](W, r, s, generator, **options)
 
 
 def rounding(W):
@@ -81,7 +92,7 @@ def test_a_start_adds_up_to_W_or_says_that_it_does_not_and_leaves_W_alone(name, 
     before, (d, k) = W.clone(), W.shape
     W.requires_grad_()
     A, B, W0 = start(name, W, r, s, generator(3))
-    assert isinstance(start(name, W, r, s), Start)
+    assert isinstance(start(name, W, r, s), Init)
     assert A.shape == (r, k) and B.shape == (d, r) and W0.shape == (d, k)
     assert A.dtype == B.dtype == W0.dtype == W.dtype
     assert torch.equal(W, before) and W._version == 0
@@ -101,9 +112,9 @@ def test_a_start_adds_up_to_W_or_says_that_it_does_not_and_leaves_W_alone(name, 
 
 
 def test_the_sets_above_name_every_start():
-    assert set(STARTS) == BEGINS_AS_W | RESIDUAL | {"random"}
-    assert tuple(STARTS) == config.STARTS
-    for name, function in STARTS.items():
+    assert set(INITIALIZERS) == BEGINS_AS_W | RESIDUAL | {"random"}
+    assert tuple(INITIALIZERS) == config.INITIALIZERS
+    for name, function in INITIALIZERS.items():
         assert function is getattr(initialization, name)
         parameters = inspect.signature(function).parameters
         assert list(parameters)[:4] == ["W", "r", "s", "generator"] and parameters["s"].default == 1.0, name
@@ -223,7 +234,7 @@ def peft_start(W, r, alpha, init, **options):
     base.weight.data = W.clone()
     layer_config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights=init, target_modules=["0"], **options)
     layer = inject_adapter_in_model(layer_config, nn.Sequential(base))[0]
-    return Start(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight)
+    return Init(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
@@ -233,7 +244,7 @@ def test_A_and_B_are_distributed_as_pefts(init):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = peft_start(W, r, 5, init)
-    own = STARTS[name](W, r, S, generator(1))
+    own = INITIALIZERS[name](W, r, S, generator(1))
     for factor, other in ((own.A, theirs.A), (own.B, theirs.B)):
         assert factor.shape == other.shape
         assert bool(factor.any()) == bool(other.any())
@@ -340,7 +351,7 @@ BAD_W = {
 @pytest.mark.parametrize("what", BAD_W)
 def test_a_W_that_is_no_finite_matrix_is_refused(name, what, refused, rng_untouched):
     W, says = BAD_W[what]
-    refused(lambda: STARTS[name](W, 2, S, **({"gradient": torch.ones(5, 7)} if name == "lora_ga" else {})), *says)
+    refused(lambda: INITIALIZERS[name](W, 2, S, **({"gradient": torch.ones(5, 7)} if name == "lora_ga" else {})), *says)
 
 
 @each_start

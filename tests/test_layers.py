@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_ref.config import LoRAConfig
-from lora_ref.initialization import STARTS, Start, kaiming, lora_ga
+from lora_ref.initialization import INITIALIZERS, Init, kaiming, lora_ga
 from lora_ref.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALinear
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -482,7 +482,7 @@ def test_a_merged_layer_with_a_frozen_adapter_passes_gradients_to_its_input(kind
     with torch.inference_mode():  # where nothing that is made may meet autograd later
         layer.merge()
         layer(x)
-    layer.apply_adapter = None  # no adapter is trained, so none is computed
+    layer.adapted_forward = None  # no adapter is trained, so none is computed
     (found,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(found, truth)
 
@@ -692,7 +692,7 @@ def test_layers_are_copied_pickled_and_cast(kind):
 
 
 @each_kind
-@pytest.mark.parametrize("start", list(STARTS)[:-1])
+@pytest.mark.parametrize("start", list(INITIALIZERS)[:-1])
 def test_on_the_meta_device_a_layer_has_shapes_and_no_numbers(kind, start, rng_untouched):
     layer = KINDS[kind].layer(base_of(kind).to("meta"), LoRAConfig(r=2, lora_alpha=3, init_lora_weights=start))
     assert layer.lora_A.shape == (2, KINDS[kind].k) and layer.lora_B.shape == (KINDS[kind].d, 2)
@@ -719,7 +719,7 @@ def test_a_start_with_its_own_base_leaves_a_shared_weight_alone(start):  # pitfa
         if start == "lora_ga":
             matrix = base.weight.detach().T if kind in ("Conv1D", "Embedding") else base.weight.detach().reshape(d, k)
             given_start = lora_ga(matrix, 2, config.scale, gradient=normal(d, k))
-        layer = KINDS[kind].layer(base, config, start=given_start)
+        layer = KINDS[kind].layer(base, config, init=given_start)
         assert same_bits(base.weight, before) and holder.weight is base.weight and base.weight.requires_grad
         assert layer.weight is not base.weight and not layer.weight.requires_grad
         assert layer.weight.shape == base.weight.shape and layer.weight.is_contiguous()
@@ -748,7 +748,7 @@ def test_merging_a_tied_layer_leaves_the_other_holder_alone():  # pitfall 9: pef
 
 def test_two_layers_from_one_start_are_trained_apart():
     start = kaiming(base_of("Linear").weight.detach(), 3, generator=generator())
-    first, second = (LoRALinear(base_of("Linear"), CONFIG, start=start) for _ in range(2))
+    first, second = (LoRALinear(base_of("Linear"), CONFIG, init=start) for _ in range(2))
     before = bits(second.lora_A)
     with torch.no_grad():
         first.lora_A.add_(1)
@@ -796,7 +796,7 @@ def test_a_base_without_bias():
 
 @each_kind
 def test_A_and_B_begin_as_the_named_start_says_and_are_repeatable(kind, rng_untouched):
-    for name in list(STARTS)[:-1]:
+    for name in list(INITIALIZERS)[:-1]:
         config = LoRAConfig(r=2, lora_alpha=3, init_lora_weights=name)
         one, again, other = (KINDS[kind].layer(base_of(kind), config, generator=generator(seed)) for seed in (4, 4, 5))
         assert same_bits(one.lora_A, again.lora_A) and same_bits(one.lora_B, again.lora_B), name
@@ -805,7 +805,7 @@ def test_A_and_B_begin_as_the_named_start_says_and_are_repeatable(kind, rng_unto
         if not (kind == "Embedding" and name == "kaiming"):
             base = base_of(kind).weight.detach()
             matrix = base.T if kind in ("Conv1D", "Embedding") else base.reshape(len(base), -1)
-            truth = STARTS[name](matrix, 2, 1.5, generator(4))
+            truth = INITIALIZERS[name](matrix, 2, 1.5, generator(4))
             assert same_bits(one.lora_A, truth.A) and same_bits(one.lora_B, truth.B), name
 
 
@@ -827,16 +827,16 @@ def test_an_embedding_begins_with_A_zero_and_B_normal_as_pefts_and_loralibs():
 def test_a_given_start_is_used_and_overrides_the_config():
     A, B = normal(3, 7), normal(5, 3, seed=1)
     base = base_of("Linear")
-    layer = LoRALinear(base, CONFIG, start=Start(A, B, base.weight.detach()))
+    layer = LoRALinear(base, CONFIG, init=Init(A, B, base.weight.detach()))
     assert same_bits(layer.lora_A, A) and same_bits(layer.lora_B, B) and layer.weight is base.weight
-    layer = LoRALinear(base_of("Linear"), CONFIG, start=Start(A, B, normal(5, 7, seed=2)))
+    layer = LoRALinear(base_of("Linear"), CONFIG, init=Init(A, B, normal(5, 7, seed=2)))
     assert same_bits(layer.weight, normal(5, 7, seed=2)) and not layer.weight.requires_grad
 
 
 def test_factors_of_a_start_may_be_scattered():
-    start = Start(normal(18, 3).T, normal(3, 5, seed=1).T, normal(18, 5, seed=2).T)
+    start = Init(normal(18, 3).T, normal(3, 5, seed=1).T, normal(18, 5, seed=2).T)
     base = nn.Conv2d(2, 5, 3)
-    layer = LoRAConv2d(base, CONFIG, start=start)
+    layer = LoRAConv2d(base, CONFIG, init=start)
     assert all(p.is_contiguous() for p in layer.parameters())
     x, W = normal(1, 2, 6, 6), start.W0 + 5 / 3 * start.B @ start.A
     torch.testing.assert_close(layer(x), F.conv2d(x, W.reshape(5, 2, 3, 3), base.bias))
@@ -917,7 +917,7 @@ BAD = {
         LoRALinear,
         lambda: nn.Linear(7, 5),
         {"config": LoRAConfig(r=2, lora_alpha=5, init_lora_weights="lora_ga")},
-        ["'lora_ga'", "gradient", "start=lora_ga("],
+        ["'lora_ga'", "gradient", "init=lora_ga("],
     ),
     "odd rank": (
         LoRALinear,
@@ -925,10 +925,10 @@ BAD = {
         {"config": LoRAConfig(r=3, lora_alpha=5, init_lora_weights="orthogonal")},
         ["r = 3", "even"],
     ),
-    "start a tuple": (LoRALinear, lambda: nn.Linear(7, 5), {"start": (W[:3], W[:, :3], W)}, ["Start(A, B, W0)"]),
-    "start's A": (LoRALinear, lambda: nn.Linear(7, 5), {"start": Start(W[:2], W[:, :3], W)}, ["A (2, 7)", "A (3, 7)"]),
-    "start's B": (LoRALinear, lambda: nn.Linear(7, 5), {"start": Start(W[:3], W[:3, :5], W)}, ["B (3, 5)", "B (5, 3)"]),
-    "start's W0": (LoRALinear, lambda: nn.Linear(7, 5), {"start": Start(W[:3], W[:, :3], W.T)}, ["W0 (7, 5)"]),
+    "start a tuple": (LoRALinear, lambda: nn.Linear(7, 5), {"init": (W[:3], W[:, :3], W)}, ["Init(A, B, W0)"]),
+    "start's A": (LoRALinear, lambda: nn.Linear(7, 5), {"init": Init(W[:2], W[:, :3], W)}, ["A (2, 7)", "A (3, 7)"]),
+    "start's B": (LoRALinear, lambda: nn.Linear(7, 5), {"init": Init(W[:3], W[:3, :5], W)}, ["B (3, 5)", "B (5, 3)"]),
+    "start's W0": (LoRALinear, lambda: nn.Linear(7, 5), {"init": Init(W[:3], W[:, :3], W.T)}, ["W0 (7, 5)"]),
 }
 
 

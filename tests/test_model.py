@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lora_ref import LoRAConfig, add_lora, count_parameters, lora_parameters, merge, unmerge
-from lora_ref.initialization import STARTS, lora_ga
+from lora_ref.initialization import INITIALIZERS, lora_ga
 from lora_ref.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from lora_ref.model import layer_kind, lora_layers, plan_lora
 
@@ -694,13 +694,13 @@ def test_starts_override_the_configuration_by_path():
     slopes = {name: p.grad for name, p in model.named_parameters()}
     seen = {}
 
-    def starts(path, W, config):
+    def init_fn(path, W, config):
         seen[path] = W.shape, config.r
         return lora_ga(W, config.r, config.scale, gradient=slopes[f"{path}.weight"])
 
     config = LoRAConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    add_lora(model, config, starts)
+    add_lora(model, config, init_fn)
     assert seen["model.layers.0.self_attn.q_proj"] == ((24, 16), 3)
     assert seen["model.layers.1.self_attn.v_proj"] == ((12, 16), 2)
     assert seen.keys() == lora_layers(model).keys()
@@ -713,21 +713,21 @@ def test_starts_override_the_configuration_by_path():
 
 
 def test_a_start_may_be_the_configured_one_for_some_layers(rng_untouched):
-    def starts(path, W, config):
-        return STARTS["zero"](W, config.r) if "v_proj" in path else None
+    def init_fn(path, W, config):
+        return INITIALIZERS["zero"](W, config.r) if "v_proj" in path else None
 
     config = LoRAConfig(r=3, target_modules=["q_proj", "v_proj"])
-    model = add_lora(base_of(), config, starts, torch.Generator().manual_seed(0))
+    model = add_lora(base_of(), config, init_fn, torch.Generator().manual_seed(0))
     assert {p.rpartition(".")[2] for p, m in lora_layers(model).items() if m.lora_A.any()} == {"q_proj"}
 
 
 def test_a_conv1d_start_gets_the_weight_as_d_times_k():
     shapes = {}
 
-    def starts(path, W, config):
+    def init_fn(path, W, config):
         shapes[path.rpartition(".")[2]] = tuple(W.shape)
 
-    add_lora(base_of("GPT-2"), LoRAConfig(r=3, target_modules=["c_attn", "wte"]), starts)
+    add_lora(base_of("GPT-2"), LoRAConfig(r=3, target_modules=["c_attn", "wte"]), init_fn)
     assert shapes == {"c_attn": (48, 16), "wte": (16, 31)}
 
 
@@ -871,15 +871,15 @@ def test_a_failure_in_the_middle_restores_every_flag():
     model = base_of("BERT")
     before = state(model)
 
-    def starts(path, W, config):
+    def init_fn(path, W, config):
         if "1.attention.self.value" in path:
             raise KeyError("no gradient for this one")
 
     with pytest.raises(KeyError, match="no gradient for this one"):
-        add_lora(model, LoRAConfig(r=3, target_modules=["query", "value"]), starts)
+        add_lora(model, LoRAConfig(r=3, target_modules=["query", "value"]), init_fn)
     same(before, state(model))
     config = LoRAConfig(r=3, target_modules=["query", "value"])
-    with pytest.raises(TypeError, match=r"bert.encoder.layer.0.attention.self.query: start must be a Start"):
+    with pytest.raises(TypeError, match=r"bert.encoder.layer.0.attention.self.query: init must be an Init"):
         add_lora(model, config, lambda path, W, config: 3)
     same(before, state(model))
     with pytest.raises(TypeError, match=r"query: generator must be a torch.Generator.*got 0"):

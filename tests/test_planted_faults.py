@@ -34,7 +34,7 @@ class Fault(NamedTuple):
     new: str
 
 
-KAIMING = "Start(new(r, W.shape[1]).uniform_(-1, 1, generator=generator) / math.sqrt(W.shape[1]), new(len(W), r), W)"
+KAIMING = "Init(new(r, W.shape[1]).uniform_(-1, 1, generator=generator) / math.sqrt(W.shape[1]), new(len(W), r), W)"
 ALIKE = KAIMING.replace("new(r,", "new(1,").replace("generator)", "generator).repeat(r, 1)")
 FROM_THE_OUTPUT = """
     if training and dropout_p:
@@ -47,7 +47,7 @@ BETWEEN = """
 ROUNDED = "W0, BA = self.weight, self.delta_weight().to(self.weight.dtype)"
 CONV1D = """        return W.T
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear("""
 
 FAULTS = {  # by the check that must find them
@@ -96,7 +96,7 @@ FAULTS = {  # by the check that must find them
         Fault("no 1/(1 − p)", "functional", "s / (1 - p)", "s"),
         Fault("1/(1 − p) twice", "functional", "s / (1 - p)", "s / (1 - p) ** 2"),
         Fault("1/p", "functional", "s / (1 - p)", "s / p"),
-        Fault("p for 1 − p", "functional", ">= round(p * LANES)", "< round(p * LANES)"),
+        Fault("p for 1 − p", "functional", ">= round(p * DROPOUT_LEVELS)", "< round(p * DROPOUT_LEVELS)"),
         Fault("in eval too", "functional", "p = dropout_p if training else 0.0", "p = dropout_p"),
         Fault("no mask in ∂A", "functional", "D = X * keep if create_graph else keep.mul_(X)", "pass"),
         Fault("no mask in ∂x", "functional", ".mul_(keep).addmm_(G, W0)", ".addmm_(G, W0)"),
@@ -110,7 +110,7 @@ FAULTS = {  # by the check that must find them
     ],
     "it_begins_as_the_base_and_B_moves_first": [
         Fault("A = 0, B random", "initialization", KAIMING, "zero_a(W, r, s, generator)"),
-        Fault("A = B = 0", "initialization", KAIMING, "Start(new(r, W.shape[1]), new(len(W), r), W)"),
+        Fault("A = B = 0", "initialization", KAIMING, "Init(new(r, W.shape[1]), new(len(W), r), W)"),
         Fault("both random", "initialization", KAIMING, KAIMING.replace("r), W)", "r).normal_(), W)")),
         Fault("rows of A alike", "initialization", KAIMING, ALIKE),
         Fault("A as wide as 1/√r", "initialization", KAIMING, KAIMING.replace("math.sqrt(W.shape[1])", "math.sqrt(r)")),
@@ -120,14 +120,14 @@ FAULTS = {  # by the check that must find them
         Fault("s on one factor", "initialization", "root[:, None] * Vh[:r]", "s * root[:, None] * Vh[:r]"),
         Fault("nothing taken off", "initialization", "W.detach().to(A.dtype) - s * (B @ A)", "W.detach().clone()"),
         Fault("B·A taken off, not s·B·A", "initialization", "- s * (B @ A)", "- B @ A"),
-        Fault("shared W written", "layers", "self.weight = _parameter(self.as_w", "self.weight.data.copy_(self.as_w"),
-        Fault("W0 not used", "layers", "self.weight = _parameter(self.as_w", "_parameter(self.as_w"),
+        Fault("shared W written", "layers", "self.weight = _parameter(self.matrix_to_w", "self.weight.data.copy_(self.matrix_to_w"),
+        Fault("W0 not used", "layers", "self.weight = _parameter(self.matrix_to_w", "_parameter(self.matrix_to_w"),
     ],
     "only_the_factors_are_trained": [
         Fault("base trained", "layers", "self.weight.requires_grad_(False)", "self.weight.requires_grad_(True)"),
         Fault("bias trained", "layers", 'requires_grad_(config.bias != "none")', "requires_grad_(True)"),
         Fault("bias never trained", "layers", 'requires_grad_(config.bias != "none")', "requires_grad_(False)"),
-        Fault("A no parameter", "layers", "= _parameter(start.A),", "= start.A,"),
+        Fault("A no parameter", "layers", "= _parameter(init.A),", "= init.A,"),
     ],
     "merging_is_pefts_and_leaves_the_base": [
         Fault("s twice", "layers", "self.scale * (self.lora_B", "self.scale**2 * (self.lora_B"),
@@ -193,7 +193,7 @@ def formula(x, weight, bias, A, B, s, mask=1.0):
 
 def the_gradient_is_autograds(lora):
     for N in (6, 200):
-        assert lora.functional.materialises(N, 5, 7, F64) == (N == 200)
+        assert lora.functional.should_materialize(N, 5, 7, F64) == (N == 200)
         parts, G = problem(N), normal(N, 5, seed=9)
         y, z = lora.functional.lora_linear(*parts.values(), 0.7), formula(*parts.values(), 0.7)
         close(y, z)

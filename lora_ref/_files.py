@@ -1,0 +1,45 @@
+"""Files that are whole or not there: written beside their place, then renamed into it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to, which takes the place of `path` when the `with` ends without an error.
+
+    The bytes go to a temporary file in the same directory, are flushed to the disk, and the file is renamed. After an
+    error, a kill or a power cut at any moment `path` is the old file, whole, or the new one.
+
+    Args:
+        path: the file; a symbolic link is followed, and its target replaced.
+
+    Raises:
+        OSError: as the system gives it; `path` is unchanged.
+    """
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: object, path: str | os.PathLike) -> None:
+    """Write `content` as JSON, atomically.
+
+    Raises:
+        ValueError: for numbers that JSON does not know (NaN, infinity); `path` is unchanged.
+        OSError: as the system gives it; `path` is unchanged.
+    """
+    data = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(data.encode())

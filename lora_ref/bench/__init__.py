@@ -1,0 +1,1 @@
+"""Paired timings: python -m lora_ref.bench."""

@@ -1,0 +1,427 @@
+"""batched.py: adapters side by side on one base are what each is alone."""
+
+import copy
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ref import LoRAConfig, add_lora, count_parameters, load_adapter, lora_parameters, merge, save_adapter
+from lora_ref.batched import BatchedLoRALinear, adapter_parameters, add_batched_lora, for_each_adapter, single_adapter
+from lora_ref.course.finetune.hub import load_model
+from lora_ref.course.training import train
+from lora_ref.course.training.loop import _shown
+from lora_ref.course.training.state import Diverged, History, fault
+from tests.course.finetune.tiny_models import llama
+
+F64 = torch.float64
+RANKS, ALPHAS, SEEDS = (2, 3, 1), (5.0, 4.0, 2.5), (0, 7, 7)
+RATES = (0.01, 0.05, 0.002)
+STEPS = 9
+
+
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def network(seed=3):
+    """6 → 8 → 4: no layer has d = k; the first one has no bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+def config(e, **changes):
+    return LoRAConfig(**{"r": RANKS[e], "lora_alpha": ALPHAS[e], "target_modules": "all-linear"} | changes)
+
+
+def generator(e):
+    return torch.Generator().manual_seed(SEEDS[e])
+
+
+def filled(model, e):
+    """The same model with a B that is not zero, drawn for adapter e."""
+    with torch.no_grad():
+        for i, (name, p) in enumerate(lora_parameters(model).items()):
+            if name.endswith("lora_B"):
+                p.copy_(randn(*p.shape, seed=100 * e + i))
+    return model
+
+
+def together(configs=None, base=None, numbers=True):
+    model = add_batched_lora(
+        base or network(), configs or [config(e) for e in range(3)], [generator(e) for e in range(3)]
+    )
+    if numbers:
+        for e in range(3):
+            with single_adapter(model, e):
+                filled(model, e)
+    return model
+
+
+def alone(e, own=None, base=None, numbers=True):
+    model = add_lora(base or network(), own or config(e), generator=generator(e))
+    return filled(model, e) if numbers else model
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# the layer
+
+
+def test_every_adapter_begins_bit_for_bit_as_it_does_alone():
+    model = together(numbers=False)
+    assert isinstance(model[0], BatchedLoRALinear) and model[0].weight is model[0].adapters[2].weight
+    for e in range(3):
+        expected = lora_parameters(alone(e, numbers=False))
+        with single_adapter(model, e):
+            found = lora_parameters(model)
+        assert list(found) == list(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
+        assert [id(p) for p in adapter_parameters(model, e)] == [id(p) for p in found.values()]
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 5, 6), (3, 2, 2, 6), (0, 6)])
+def test_each_group_of_rows_passes_through_its_own_adapter(shape):
+    x, model = randn(*shape, seed=1), together()
+    y = model(x)
+    assert y.shape == (*shape[:-1], 4)
+    for e, (mine, found) in enumerate(zip(x.chunk(3), y.chunk(3))):
+        close(found, alone(e)(mine))
+
+
+def test_any_layout_will_do():
+    x = randn(5, 6, 6, seed=1).transpose(0, 1)
+    close(together()(x), together()(x.contiguous()))
+
+
+def test_the_gradient_of_a_loss_is_its_adapters_own_and_autograds_on_the_matrix():
+    x, model = randn(6, 6, seed=1), together()
+    losses = model(x).square().view(3, -1).sum(1)
+    for e in range(3):
+        others = [p for other in range(3) if other != e for p in adapter_parameters(model, other)]
+        found = torch.autograd.grad(
+            losses[e], adapter_parameters(model, e) + others, retain_graph=True, allow_unused=True
+        )
+        own, rest = found[: len(adapter_parameters(model, e))], found[len(adapter_parameters(model, e)) :]
+        assert all(g is None or not g.any() for g in rest) and all(g.any() for g in own)
+        (A1, B1, A2, B2), s = [p.detach().requires_grad_() for p in adapter_parameters(model, e)], ALPHAS[e] / RANKS[e]
+        first, last = network()[0], network()[2]
+        h = (x[2 * e : 2 * e + 2] @ (first.weight + s * B1 @ A1).T).tanh()
+        y = h @ (last.weight + s * B2 @ A2).T + last.bias
+        for mine, theirs in zip(own, torch.autograd.grad(y.square().sum(), [A1, B1, A2, B2])):
+            close(mine, theirs)
+
+
+def test_what_is_frozen_has_no_gradient_and_the_base_is_there_once():
+    model = together()
+    model(randn(6, 6)).sum().backward()
+    trained = {id(p) for e in range(3) for p in adapter_parameters(model, e)}
+    assert all((p.grad is not None) == p.requires_grad == (id(p) in trained) for p in model.parameters())
+    number = sum(RANKS) * (6 + 8 + 8 + 4)
+    assert count_parameters(model) == (number, number + 6 * 8 + 8 * 4 + 4)
+    with single_adapter(model, 1):
+        assert count_parameters(model) == count_parameters(alone(1))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["16-bit base", "autocast"])
+def test_in_16_bits_it_is_what_the_ordinary_layer_is_and_gradients_stay_in_32(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+
+    def found(model, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x.to(dtype))
+        y.float().square().sum().backward()
+        return y
+
+    x, model = randn(6, 6, seed=1), together(base=network().to(dtype))
+    assert {p.dtype for e in range(3) for p in adapter_parameters(model, e)} == {torch.float32}
+    y = found(model, x)
+    assert y.dtype == torch.bfloat16
+    for e, (mine, part) in enumerate(zip(x.chunk(3), y.chunk(3))):
+        single = alone(e, base=network().to(dtype))
+        close(part, found(single, mine), 0.1)
+        for a, b in zip(adapter_parameters(model, e), lora_parameters(single).values()):
+            assert a.grad.dtype == torch.float32 and (a.grad - b.grad).norm() <= 0.05 * b.grad.norm()
+
+
+def test_dropout_is_the_adapters_input_alone_in_training_alone_and_each_ones_own():
+    configs = [config(e, lora_dropout=p) for e, p in enumerate((0.0, 0.5, 0.5))]
+    x = randn(2, 6, seed=1).repeat(3, 1)
+    started = together(configs, numbers=False).train()
+    close(started(x), network()(x))  # B = 0: the base sees all of x
+    model = together(configs).train()
+    one, two = model(x).chunk(3), model(x).chunk(3)
+    assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1]) and not torch.equal(one[2], two[2])
+    close(model.eval()(x), together()(x))
+    layer = model[0].train()
+    mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
+    assert (mean - layer.eval()(x)).abs().max() < 0.3
+
+
+# one of them
+
+
+def test_only_gives_the_ordinary_model_and_everything_back(tmp_path):
+    model, x = together(), randn(4, 6, seed=2)
+    names, before = list(dict(model.named_parameters())), copy.deepcopy(model.state_dict())
+    for e in range(3):
+        with single_adapter(model, e) as same:
+            assert same is model and not any(isinstance(m, BatchedLoRALinear) for m in model.modules())
+            expected = alone(e).eval()
+            close(model.eval()(x), expected(x))
+            merge(model)
+            close(model(x), expected(x))
+        assert model.training is False and all(not layer.training for layer in model.modules())
+    assert not any(a.merged for m in model.modules() if isinstance(m, BatchedLoRALinear) for a in m.adapters)
+    assert list(dict(model.named_parameters())) == names and not hasattr(model, "lora_plan")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert for_each_adapter(model, lambda m: m(x).sum().item()) == pytest.approx(
+        [alone(e)(x).sum().item() for e in range(3)]
+    )
+    with pytest.raises(ZeroDivisionError), single_adapter(model, 1):
+        1 / 0
+    close(model(x[:3]), together()(x[:3]))
+
+
+def test_an_adapter_taken_out_is_saved_and_loads_here_and_in_peft(tmp_path):
+    from peft import PeftModel
+
+    name = llama(tmp_path / "model")
+    configs = [config(e, exclude_modules=["o_proj"]) for e in range(3)]
+    model = together(configs, load_model(name))
+    ids = torch.arange(24).view(3, 8)
+    logits = model.eval()(ids).logits
+    for e in range(3):
+        with single_adapter(model, e):
+            save_adapter(model, tmp_path / str(e))
+        for load in (load_adapter, PeftModel.from_pretrained):
+            close(load(load_model(name), str(tmp_path / str(e))).eval()(ids[e : e + 1]).logits, logits[e : e + 1], 1e-4)
+
+
+def test_the_model_of_all_is_not_saved_as_if_it_were_one(refused, tmp_path):
+    refused(lambda: save_adapter(together(), tmp_path / "all"), "adapted by hand")
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_change_no_gradient(tmp_path, dtype):
+    name, ids, found = llama(tmp_path / "model"), torch.arange(24).view(3, 8), []
+    for checkpointing in (False, True):
+        model = together(base=load_model(name).to(dtype)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids).logits.float().log_softmax(-1)[..., 5].mean(1).sum().backward()
+        found.append([p.grad for e in range(3) for p in adapter_parameters(model, e)])
+    assert all(g.any() for g in found[0]) and all(torch.equal(a, b) for a, b in zip(*found))
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ([{}, {}, {"target_modules": ["2"]}], ["mean different layers (0)"]),
+        ([{}, {"bias": "all"}, {}], ["bias = 'all'", "'none'"]),
+        ([{}, {"target_modules": ["0"], "modules_to_save": ["2"]}, {}], ["different layers (2)"]),
+        ([{"target_modules": ["0"], "modules_to_save": ["2"]}] * 3, ["modules_to_save = ['2']"]),
+        ([{}, {}, {"init_lora_weights": "pissa"}], ["'pissa'", "keeps W0"]),
+        ([{}, {}, {"r": 5}], ["2: r = 5"]),
+        ([{}, {}, {"target_modules": ["q_proj"]}], ["'q_proj'"]),
+        ([{"target_modules": ["1"]}] * 3, ["Tanh"]),
+    ],
+)
+def test_what_cannot_share_a_base_is_refused_and_the_model_stays_as_it_was(changes, says, refused):
+    model, flags = network(), [True, False, True]
+    for p, flag in zip(model.parameters(), flags):
+        p.requires_grad_(flag)
+    before = list(model.modules())
+    refused(lambda: together([config(e, **own) for e, own in enumerate(changes)], model, False), *says)
+    assert list(model.modules()) == before and [p.requires_grad for p in model.parameters()] == flags
+    assert not hasattr(model, "lora_plans")
+
+
+def test_more_that_is_refused(refused):
+    refused(lambda: add_batched_lora(network(), [], []), "0 configs, 0 generators")
+    refused(lambda: add_batched_lora(network(), [config(0)], [None, None]), "1 configs, 2 generators")
+    embedding = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 4))
+    refused(
+        lambda: add_batched_lora(embedding, [config(0, target_modules=["0"])], [None]), "0 is a Embedding", "nn.Linear"
+    )
+    model = together()
+    refused(lambda: model(randn(7, 6)), "(7, 6)", "3 groups")
+    refused(lambda: together(base=model), "adapted already")
+    refused(lambda: single_adapter(model, 3).__enter__(), "3 adapters side by side now, not number 3")
+    refused(lambda: single_adapter(alone(0), 0).__enter__(), "0 adapters")
+    refused(lambda: for_each_adapter(network(), len), "0 adapters")
+    with single_adapter(model, 0):
+        refused(lambda: single_adapter(model, 1).__enter__(), "0 adapters side by side now")
+
+
+# training
+
+
+def losses_of(model, t, e):
+    """The loss of rows that depend on the step and the adapter."""
+    x = randn(4, 6, seed=1000 * t + e).to(next(model.parameters()).dtype)
+    return x, x[:, :4].sin() * (e + 1)
+
+
+def side_by_side(model, t):
+    x, target = (torch.cat(parts) for parts in zip(*(losses_of(model, t, e) for e in range(3))))
+    return (model(x) - target).square().view(3, -1).mean(1)
+
+
+def single(e):
+    def loss(model, t):
+        x, target = losses_of(model, t, e)
+        return (model(x) - target).square().mean()
+
+    return loss
+
+
+OPTIONS = {"warmup_steps": 2, "weight_decay": 0.3, "max_grad_norm": 0.5, "eval_steps": 4}
+
+
+def trained_together(model=None, loss=side_by_side, rates=RATES, **options):
+    model = model or together()
+    groups = [{"params": adapter_parameters(model, e), "lr": rates[e]} for e in range(3)]
+    return model, train(model, loss, STEPS, 1.0, param_groups=groups, **OPTIONS | options)
+
+
+def trained_alone(e, model=None, **options):
+    model = model or alone(e)
+    return model, train(model, single(e), STEPS, RATES[e], **OPTIONS | options)
+
+
+def check(model, history, members=(0, 1, 2), tolerance=1e-10, dtype=F64):
+    """These adapters, and their losses, are those of separate runs."""
+    for e in members:
+        expected, own = trained_alone(e, alone(e, base=network().to(dtype)))
+        assert history.member(e).losses == pytest.approx(own.losses, rel=tolerance)
+        for a, b in zip(adapter_parameters(model, e), lora_parameters(expected).values()):
+            close(a, b, tolerance)
+
+
+def test_trained_together_they_end_as_each_does_alone():
+    model, history = trained_together()
+    assert [len(step) for step in history.losses] == [3] * STEPS
+    check(model, history)
+    norms = []  # or the test would see neither clipping, nor whose norm it is
+    for e in range(3):
+        twin = alone(e)
+        single(e)(twin, 0).backward()
+        norms.append(torch.stack([p.grad.norm() for p in twin.parameters() if p.requires_grad]).norm().item())
+    assert min(norms) > 1.5 * OPTIONS["max_grad_norm"] and max(norms) > 1.5 * min(norms)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-10), (torch.float32, 1e-4)])
+def test_so_they_do_where_a_step_is_done_in_parts(dtype, tolerance):
+    def loss(model, t, part):
+        mine = [[v[part::2] for v in losses_of(model, t, e)] for e in range(3)]
+        x, target = (torch.cat(parts) for parts in zip(*mine))
+        return (model(x) - target).square().view(3, -1).mean(1) / 2
+
+    model, history = trained_together(together(base=network().to(dtype)), loss, gradient_accumulation_steps=2)
+    check(model, history, tolerance=tolerance, dtype=dtype)
+
+
+def test_an_evaluation_of_each_adapter_is_in_each_ones_curve():
+    X = randn(5, 6, seed=77)
+    model, history = trained_together(evaluate=lambda model: for_each_adapter(model, lambda m: m(X).sum().item()))
+    for e in range(3):
+        _, own = trained_alone(e, evaluate=lambda model: model(X).sum().item())
+        found = history.member(e).evaluations
+        assert [t for t, _ in found] == [t for t, _ in own.evaluations] == [0, 4, 8, 9]
+        assert [v for _, v in found] == pytest.approx([v for _, v in own.evaluations], rel=1e-9)
+
+
+@pytest.mark.parametrize("how", ["rate", "nan", "gradient"])
+def test_one_that_diverges_does_not_disturb_the_others(how):
+    def loss(model, t):
+        values = side_by_side(model, t)
+        if how == "nan" and t >= 3:
+            return values * torch.tensor([1.0, float("nan"), 1.0])
+        if how == "gradient":  # the loss is finite, its gradient is not
+            return torch.stack([values[0], values[1] + (values[1] * 0).sqrt(), values[2]])
+        return values
+
+    rates = (RATES[0], 1e200, RATES[2]) if how == "rate" else RATES
+    model, history = trained_together(loss=loss, rates=rates)
+    lost = [losses[1] for losses in history.losses]
+    assert not all(torch.isfinite(torch.tensor(lost)))
+    check(model, history, (0, 2))
+    if how == "nan":  # it rests where it was: a step more would have made it NaN
+        assert lost[:3] == pytest.approx(trained_alone(1)[1].losses[:3])
+        assert all(torch.isfinite(p).all() for p in adapter_parameters(model, 1))
+
+
+def test_when_none_is_left_the_run_stops_and_says_what_each_ones_losses_were(tmp_path):
+    def loss(model, t):
+        return side_by_side(model, t) * torch.tensor([float("inf") if t >= at else 1.0 for at in (2, 5, 3)])
+
+    with pytest.raises(Diverged, match="all 3 runs have diverged at step 5; lower the rate") as error:
+        trained_together(loss=loss, checkpoint_path=tmp_path / "run.pt")
+    assert isinstance(error.value, FloatingPointError) and "after step 4" in str(error.value)
+    curves = list(zip(*error.value.losses))
+    assert [fault(enumerate(c)) for c in curves] == [f"the loss is inf at step {t}" for t in (2, 5, 3)]
+    assert fault(enumerate(curves[0][:2])) is None
+
+
+def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tmp_path):
+    def loss(model, t):
+        return side_by_side(model, t) * torch.tensor([1.0, 1.0, float("nan") if t == 2 else 1.0])
+
+    def interrupted(model, t):
+        if t == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(model, t)
+
+    configs = [config(e, lora_dropout=0.2) for e in range(3)]
+    torch.manual_seed(5)
+    whole, expected = trained_together(together(configs), loss)
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 5 of 9"):
+        trained_together(together(configs), interrupted, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
+    torch.manual_seed(99)
+    model, history = trained_together(together(configs), loss, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
+    assert history.resumed_at == 5 and str(history.losses) == str(expected.losses)
+    for e in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(adapter_parameters(model, e), adapter_parameters(whole, e)))
+
+
+def test_a_checkpoint_of_the_same_adapters_at_other_rates_is_refused(tmp_path, refused):
+    file = tmp_path / "run.pt"
+    trained_together(checkpoint_path=file)
+    refused(lambda: trained_together(checkpoint_path=file, rates=RATES[::-1]), "of another run: ratios differ")
+
+
+def test_the_bar_shows_the_best_loss_of_those_that_have_one():
+    assert _shown(History([[0.9, math.nan, 0.7]], []), 0, torch.device("cpu"))["loss"] == "0.700 at best"
+    assert _shown(History([0.9], []), 0, torch.device("cpu"))["loss"] == "0.900"
+
+
+class Pretended:
+    """An accelerator that says something else of itself."""
+
+    def __init__(self, **others):
+        from accelerate import Accelerator
+
+        self.accelerator, self.others = Accelerator(cpu=True), others
+
+    def __getattr__(self, name):
+        return self.others[name] if name in self.others else getattr(self.accelerator, name)
+
+
+def test_losses_that_are_not_one_for_each_group_in_one_process_are_refused(refused):
+    refused(lambda: trained_together(loss=lambda model, t: side_by_side(model, t)[:2]), "shape (2,)", "3 group(s)")
+    refused(lambda: train(alone(0), lambda model, t: model(randn(4, 6)).sum(1), 3, 0.1), "shape (4,)", "1 group(s)")
+    for others in ({"num_processes": 2}, {"scaler": object()}):
+        refused(lambda: trained_together(accelerator=Pretended(**others)), "one process and bf16 or fp32")
+    model, history = trained_together(accelerator=Pretended())
+    check(model, history)
