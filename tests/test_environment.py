@@ -64,7 +64,7 @@ def counter(directory: Path, name: str, microjoules: int, wrap: int = 10_000_000
     (directory / name / "max_energy_range_uj").write_text(f"{wrap}\n")
 
 
-def test_energy_adds_the_packages_counters_sees_them_start_again(tmp_path, monkeypatch):
+def test_energy_adds_the_packages_counters_and_sees_them_start_again(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RAPL", tmp_path)
     assert machine.Energy(CPU).joules() is None
     counter(tmp_path, "intel-rapl:0", 9_000_000)
