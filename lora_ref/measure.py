@@ -107,7 +107,7 @@ def paired(
                 seconds[name].append(elapsed)
     reference = seconds[names[0]]
     if min(reference) <= 0:
-        raise ValueError(f"{names[0]!r} took no time that the clock can see; let one call do more work")
+        raise ValueError(f"{names[0]!r} took no time that the clock can measure; let one call do more work")
     return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference, strict=True)]) for name, own in seconds.items()}
 
 

@@ -257,7 +257,7 @@ each_form = pytest.mark.parametrize("form", ["factored", "materialised", "dropou
 
 @each_subset
 @each_form
-def test_only_the_gradients_asked_for_are_made_and_only_what_they_need_is_kept(wanted, form, request):
+def test_only_the_required_gradients_are_computed_and_only_what_they_need_is_saved(wanted, form, request):
     """∂x needs W0 and the factors; ∂A needs x and B; ∂B needs H and A; ∂W0 needs x."""
     if form == "materialised":
         request.getfixturevalue("formed")

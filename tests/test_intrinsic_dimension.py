@@ -575,7 +575,7 @@ def test_the_intrinsic_dimension_by_hand(scores, full, fraction, expected, kind)
     assert intrinsic_dimension(kind([10, 100, 1000]), kind(scores), full, fraction) == pytest.approx(expected)
 
 
-def test_the_share_asked_for_is_90_percent_unless_told():
+def test_the_share_is_90_percent_by_default():
     assert intrinsic_dimension([4, 16], [0.8, 1.0], 1.0) == pytest.approx(8)
     assert intrinsic_dimension([4], [0.9], torch.tensor(1.0, dtype=F64)) == 4
 
