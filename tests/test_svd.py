@@ -1,4 +1,4 @@
-"""svd.py: Eckart–Young, energies, ranks and the randomised SVD, against numpy and against rivals."""
+"""svd.py and spectrum.py: Eckart–Young, energies, ranks and the randomised SVD, against numpy and against rivals."""
 
 import math
 
