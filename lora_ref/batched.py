@@ -4,8 +4,8 @@
 
     model = add_batched_lora(model, configs, generators)
     groups = [{"params": adapter_parameters(model, e), "lr": lrs[e]} for e in range(E)]
-    train(model, loss, steps, 1.0, groups=groups)    # loss(model, t): one for each group of rows, (E,)
-    with single_adapter(model, e):                             # adapter e alone, as after add_lora
+    train(model, loss, steps, 1.0, param_groups=groups)   # loss(model, t): one for each group of rows, (E,)
+    with single_adapter(model, e):                        # adapter e alone, as after add_lora
         save_adapter(model, directory)
 
 All rows share the product with W0; those with the factors are batched over e. No row meets another group's adapter, so
@@ -20,18 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._apply_plan import apply_plan, build_layers
 from .config import LoRAConfig
 from .functional import _autocasts
 from .layers import LoRALinear
-from .model import apply_plan, build_layers, lora_parameters, plan_lora
+from .matching import Plan, plan_lora
+from .model import lora_parameters
 
 
 class BatchedLoRALinear(nn.Module):
     """y_e = W0·x_e + b + s_e·B_e·(A_e·D(x_e)) around one nn.Linear: x (E·n, …, k) → y (E·n, …, d).
 
-    `adapters` are E LoRALinear of the same weight; their ranks, scales and dropout may differ. Rank r_e < r = max r_e
-    is filled up: zero rows of A_e, zero columns of B_e. A and B are cast to x's dtype, as lora_linear does; every D
-    draws its own mask. Errors: ValueError for a number of rows that E does not divide.
+    The ranks, scales and dropout of the E adapters may differ. Rank r_e < r = max r_e is padded: zero rows of A_e, zero
+    columns of B_e. A and B are cast to x's dtype, as lora_linear does; each adapter draws its own dropout mask.
+    forward raises ValueError for a number of rows that E does not divide.
+
+    Args:
+        adapters: E LoRALinear around the same weight and bias.
+
+    Example:
+        >>> base = nn.Linear(7, 5)
+        >>> layer = BatchedLoRALinear([LoRALinear(base, LoRAConfig(r=r, lora_alpha=3)) for r in (1, 2)])
+        >>> layer(torch.ones(6, 7)).shape  # rows 0, 1, 2 through the first adapter, 3, 4, 5 through the second
+        torch.Size([6, 5])
     """
 
     def __init__(self, adapters: list[LoRALinear]):
@@ -44,27 +55,30 @@ class BatchedLoRALinear(nn.Module):
         self.register_buffer("scales", scales.view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Each of E groups of rows through its adapter: x (E·n, …, k) → y (E·n, …, d)."""
         E, k = len(self.adapters), self.in_features
         if x.ndim < 2 or len(x) % E:
-            raise ValueError(f"x has shape {tuple(x.shape)}; {E} adapters need {E} groups of as many rows each")
+            raise ValueError(f"x has shape {tuple(x.shape)}; {E} adapters need {E} groups with equally many rows")
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         X = x.reshape(E, math.prod(x.shape[:-1]) // E, k)
-        A = _stacked([layer.lora_A for layer in self.adapters])  # (E, r, k)
-        B = _stacked([layer.lora_B.t() for layer in self.adapters]) * self.scales  # (E, r, d)
-        H = torch.bmm(self.dropped(X), A.to(x.dtype).mT)
+        A = _stack_padded([layer.lora_A for layer in self.adapters])  # (E, r, k)
+        B = _stack_padded([layer.lora_B.t() for layer in self.adapters]) * self.scales  # (E, r, d)
+        H = torch.bmm(self._dropout(X), A.to(x.dtype).mT)
         Y = F.linear(X.flatten(0, 1), self.weight, self.bias).view(E, X.shape[1], self.out_features)
         return torch.baddbmm(Y, H, B.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
-    def dropped(self, X: Tensor) -> Tensor:
-        """D of each group."""
+    def _dropout(self, X: Tensor) -> Tensor:
+        """D of each group, with its adapter's probability."""
         if not (self.training and any(layer.lora_dropout for layer in self.adapters)):
             return X
-        return torch.stack([F.dropout(part, layer.lora_dropout) for part, layer in zip(X, self.adapters)])
+        return torch.stack(
+            [F.dropout(group, layer.lora_dropout) for group, layer in zip(X, self.adapters, strict=True)]
+        )
 
 
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    """Matrices (r_e, n) as one tensor (E, r, n), those of fewer rows filled up with zeros: one copy of all."""
+def _stack_padded(matrices: list[Tensor]) -> Tensor:
+    """Matrices (r_e, n) as one tensor (E, r, n), those of fewer rows padded with zeros: one copy of all."""
     r, n, zero = max(map(len, matrices)), matrices[0].shape[1], matrices[0].new_zeros(1)
     rows = [part for M in matrices for part in (M, zero.expand(r - len(M), n))]
     return torch.cat(rows).view(len(matrices), r, n)
@@ -73,20 +87,58 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
 def add_batched_lora(
     model: nn.Module, configs: list[LoRAConfig], generators: list[torch.Generator | None]
 ) -> nn.Module:
-    """Adapt the model's linear layers E times over, in place, and return it; all else is frozen.
+    """Give the model's linear layers E adapters each, in place, and return it; everything else is frozen.
 
-    Adapter e begins bit for bit as in add_lora(model, configs[e], generator=generators[e]). The configs mean the same
-    layers; ranks, α, dropout and starts may differ. The model then takes E groups of rows, see BatchedLoRALinear.
+    Adapter e starts bit for bit as in add_lora(model, configs[e], generator=generators[e]). The model then takes E
+    groups of rows, see BatchedLoRALinear.
 
-    Errors, the model unchanged: those of add_lora; ValueError for no configs, another number of generators, layers
-    that differ, modules_to_save, trained biases, a start with a W0 of its own; TypeError for layers that are no
-    nn.Linear.
+    Args:
+        model: a plain model.
+        configs: one for each adapter. They mean the same layers; ranks, α, dropout and starts may differ.
+        generators: one for each adapter, or None for torch's global one.
+
+    Returns:
+        The same model. Its attribute `lora_plans` has the adapters' plans.
+
+    Raises:
+        ValueError: as add_lora; also no configs, another number of generators, layers that differ, modules_to_save,
+            trained biases, a start with a W0 of its own. The model is unchanged after any error.
+        TypeError: as add_lora; also layers that are no nn.Linear.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(7, 5), nn.Tanh())
+        >>> configs = [LoRAConfig(r=r, lora_alpha=3, target_modules=["0"]) for r in (1, 2)]
+        >>> model = add_batched_lora(model, configs, [None, None])
+        >>> model(torch.ones(6, 7)).shape
+        torch.Size([6, 5])
     """
     if not configs or len(configs) != len(generators):
         raise ValueError(f"{len(configs)} configs, {len(generators)} generators; pass one of each for every adapter")
     plans = [plan_lora(model, config) for config in configs]
+    _check_shared_base(model, plans)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        adapters = [
+            build_layers(model, plan, lambda *_: None, generator)
+            for plan, generator in zip(plans, generators, strict=True)
+        ]
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     paths = list(plans[0].layers)
-    for config, plan in zip(configs, plans):
+    layers = {path: BatchedLoRALinear([adapter[path] for adapter in adapters]) for path in paths}
+    apply_plan(model, plans[0], layers)
+    del model.lora_plan  # of one adapter: see `single_adapter`
+    model.lora_plans = plans
+    return model
+
+
+def _check_shared_base(model: nn.Module, plans: list[Plan]) -> None:
+    """Refuse adapters that do not have the same linear layers, or that would change the base that they share."""
+    paths = list(plans[0].layers)
+    for plan in plans:
+        config = plan.config
         if differ := sorted(set(plan.layers) ^ set(paths)):
             raise ValueError(f"the configs mean different layers ({', '.join(differ[:3])}); give them the same targets")
         if plan.saved or config.bias != "none" or config.init_name in ("pissa", "lora_ga"):
@@ -98,27 +150,51 @@ def add_batched_lora(
     for path in paths:
         if not isinstance(layer := model.get_submodule(path), nn.Linear):
             raise TypeError(f"{path} is a {type(layer).__name__}; many adapters at once are for nn.Linear")
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        built = [build_layers(model, plan, lambda *_: None, own) for plan, own in zip(plans, generators)]
-    except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
-    apply_plan(model, plans[0], {path: BatchedLoRALinear([layers[path] for layers in built]) for path in paths})
-    del model.lora_plan  # of one adapter: see `single_adapter`
-    model.lora_plans = plans
-    return model
 
 
 def adapter_parameters(model: nn.Module, e: int) -> list[nn.Parameter]:
-    """A and B of adapter e in every layer: a group for the optimizer. Errors as `single_adapter`'s."""
+    """A and B of adapter e in every layer: a parameter group for the optimizer.
+
+    Args:
+        model: adapted by add_batched_lora.
+        e: the adapter's number, 0 … E − 1.
+
+    Returns:
+        The parameters, in the model's order.
+
+    Raises:
+        ValueError: as single_adapter.
+
+    Example:
+        >>> configs = [LoRAConfig(r=r, lora_alpha=3, target_modules=["0"]) for r in (1, 2)]
+        >>> model = add_batched_lora(nn.Sequential(nn.Linear(7, 5)), configs, [None, None])
+        >>> [tuple(parameter.shape) for parameter in adapter_parameters(model, 1)]
+        [(2, 7), (5, 2)]
+    """
     with single_adapter(model, e):
         return list(lora_parameters(model).values())
 
 
 def for_each_adapter(model: nn.Module, function: Callable[[nn.Module], object]) -> list:
-    """function(model) with each adapter alone, in turn. Errors as `single_adapter`'s."""
+    """function(model) with each adapter alone, in turn.
+
+    Args:
+        model: adapted by add_batched_lora.
+        function: called E times with the model, inside `single_adapter`.
+
+    Returns:
+        What the calls returned.
+
+    Raises:
+        ValueError: as single_adapter.
+
+    Example:
+        >>> from lora_ref.model import count_parameters
+        >>> configs = [LoRAConfig(r=r, lora_alpha=3, target_modules=["0"]) for r in (1, 2)]
+        >>> model = add_batched_lora(nn.Sequential(nn.Linear(7, 5)), configs, [None, None])
+        >>> for_each_adapter(model, lambda model: count_parameters(model).trainable)
+        [12, 24]
+    """
     found = []
     for e in range(max(1, len(getattr(model, "lora_plans", ())))):
         with single_adapter(model, e):
@@ -128,10 +204,28 @@ def for_each_adapter(model: nn.Module, function: Callable[[nn.Module], object]) 
 
 @contextmanager
 def single_adapter(model: nn.Module, e: int) -> Iterator[nn.Module]:
-    """Inside the `with`, the model is adapter e's, as add_lora would have made it: all rows pass through e, and merge,
-    save_adapter, count_parameters and state_dict do as they do there. What was merged is unmerged at the end.
+    """Inside the `with`, the model has adapter e alone, as add_lora would have made it.
 
-    Errors: ValueError for a model that `add_batched_lora` did not adapt, or is inside `single_adapter` already; for an e that it lacks.
+    All rows pass through adapter e, and merge, save_adapter, count_parameters and state_dict do as they do after
+    add_lora. What was merged is unmerged at the end.
+
+    Args:
+        model: adapted by add_batched_lora.
+        e: the adapter's number, 0 … E − 1.
+
+    Yields:
+        The same model.
+
+    Raises:
+        ValueError: a model that add_batched_lora did not adapt, or that is inside single_adapter already; an e that it
+            does not have.
+
+    Example:
+        >>> configs = [LoRAConfig(r=r, lora_alpha=3, target_modules=["0"]) for r in (1, 2)]
+        >>> model = add_batched_lora(nn.Sequential(nn.Linear(7, 5)), configs, [None, None])
+        >>> with single_adapter(model, 1):
+        ...     print(model[0])
+        LoRALinear(d=5, k=7, r=2, lora_alpha=3, scale=1.5 (α/r))
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, BatchedLoRALinear)}
     count = len(model.lora_plans) if layers else 0

@@ -32,12 +32,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lora_ref import LoRAConfig, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
-from lora_ref.checkpoint import CONFIG, PREFIX, TENSORS, read_config
+from lora_ref import LoRAConfig, _adapter_files, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
+from lora_ref._adapter_files import CONFIG, TENSORS
 from lora_ref.config import INITIALIZERS
 from lora_ref.initialization import pissa
 from lora_ref.layers import LoRALinear
 from lora_ref.model import count_parameters, lora_layers
+from lora_ref.peft_format import DUPLICATE_KEYS, FIELDS, PREFIX, peft_config, read_config
 from tests.test_model import (
     ARCHITECTURES,
     BF16,
@@ -141,7 +142,7 @@ def test_what_is_written_here_is_read_by_peft_key_for_key(name, kind, tmp_path):
     assert error(logits(model, batch), logits(read, batch)) <= 1e-6
     peft_save(other, tmp_path / "theirs")
     own, theirs = tensors_in(tmp_path / "own"), tensors_in(tmp_path / "theirs")
-    theirs = {key: value for key, value in theirs.items() if not checkpoint.COPY.search(key)}
+    theirs = {key: value for key, value in theirs.items() if not DUPLICATE_KEYS.search(key)}
     assert own.keys() == theirs.keys()
     for key, value in own.items():
         assert torch.equal(value, theirs[key]), key
@@ -316,9 +317,9 @@ def test_every_field_survives_and_peft_reads_the_same(
     directory = tmp_path_factory.mktemp("config")
     model = nn.Module()
     model.q_proj = LoRALinear(nn.Linear(9, 7), LoRAConfig(r=2))
-    (directory / CONFIG).write_text(json.dumps(checkpoint._to_peft(model, config)))
+    (directory / CONFIG).write_text(json.dumps(peft_config(model, config)))
     found, theirs = read_config(directory), peft.LoraConfig.from_pretrained(directory)
-    for name in checkpoint.FIELDS:
+    for name in FIELDS:
         value, own, other = getattr(config, name), getattr(found, name), getattr(theirs, name)
         if name == "init_lora_weights":
             own_start = {"random": False, "kaiming": True, "zero": True, "zero_a": True}.get(value, value)
@@ -911,7 +912,7 @@ def test_a_full_disk_leaves_the_old_files_whole(which, saved, monkeypatch):
     def full(path, *args, **kwargs):
         return builtins.open("/dev/full" if Path(path).name == which else path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    monkeypatch.setattr(_adapter_files, "open", full, raising=False)
     unchanged = state(model)
     with pytest.raises(OSError) as failure:
         save_adapter(model, saved)
@@ -935,7 +936,7 @@ def test_a_failed_rename_leaves_whole_files(done, saved, monkeypatch):
         replaced.append(Path(target).name)
         os.rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(_adapter_files.os, "replace", replace)
     with pytest.raises(OSError, match="Input/output error"):
         save_adapter(model, saved)
     truth = model if done else adapted()
@@ -945,8 +946,8 @@ def test_a_failed_rename_leaves_whole_files(done, saved, monkeypatch):
 
 def test_both_files_are_on_the_disk_before_either_takes_its_place(saved, monkeypatch):
     calls, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: (calls.append("fsync"), sync(file)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    monkeypatch.setattr(_adapter_files.os, "fsync", lambda file: (calls.append("fsync"), sync(file)))
+    monkeypatch.setattr(_adapter_files.os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     save_adapter(adapted(), saved)
     assert calls == ["fsync", "fsync", "replace", "replace"]
 
@@ -1004,7 +1005,7 @@ def killed(call, at):
         return step
 
     def run():
-        for module, name in ((checkpoint.tempfile, "mkdtemp"), (shutil, "rmtree")):
+        for module, name in ((_adapter_files.tempfile, "mkdtemp"), (shutil, "rmtree")):
             setattr(module, name, stepping(getattr(module, name)))
         for name in ("fsync", "replace", "unlink", "rmdir"):
             setattr(os, name, stepping(getattr(os, name)))
@@ -1114,7 +1115,7 @@ def test_a_failed_rename_between_adapters_of_two_scales_loses_neither(done, tmp_
             raise OSError(errno.EIO, "Input/output error", str(target))
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", failing)
+    monkeypatch.setattr(_adapter_files.os, "replace", failing)
     with pytest.raises(OSError, match="Input/output error"):
         save_adapter(small(2.0, lora_alpha=3), tmp_path)
     monkeypatch.undo()
@@ -1137,7 +1138,7 @@ def test_saves_to_one_directory_take_turns_and_nobody_removes_what_a_living_one_
     reads, writes = os.pipe()
 
     def stuck():
-        checkpoint.os.fsync = lambda file: (os.write(writes, b"."), time.sleep(60))
+        _adapter_files.os.fsync = lambda file: (os.write(writes, b"."), time.sleep(60))
         save_adapter(small(1.0), tmp_path)
 
     first = in_process(stuck)
@@ -1159,7 +1160,7 @@ def test_saves_to_one_directory_take_turns_and_nobody_removes_what_a_living_one_
 
 def test_a_process_forked_during_a_save_does_not_keep_the_next_one_waiting(tmp_path, monkeypatch):
     forked = []
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: forked.append(in_process(lambda: time.sleep(60))))
+    monkeypatch.setattr(_adapter_files.os, "fsync", lambda file: forked.append(in_process(lambda: time.sleep(60))))
     save_adapter(small(1.0), tmp_path)
     monkeypatch.undo()
     second = in_process(lambda: save_adapter(small(2.0), tmp_path))
@@ -1178,9 +1179,9 @@ def test_without_locks_adapters_are_saved_and_what_others_write_is_left_alone(ho
     if how == "no fcntl":
         monkeypatch.setattr(checkpoint, "fcntl", None)
     else:
-        monkeypatch.setattr(*((checkpoint.fcntl, "flock") if how == "no lock" else (checkpoint.os, "open")), refuse)
+        monkeypatch.setattr(*((checkpoint.fcntl, "flock") if how == "no lock" else (_adapter_files.os, "open")), refuse)
     if how == "no right to read":  # mkdtemp and rmtree open nothing here
-        monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: os.rmdir(path))
+        monkeypatch.setattr(_adapter_files.shutil, "rmtree", lambda path, ignore_errors: os.rmdir(path))
     killed(lambda: save_adapter(small(1.0), tmp_path), at=4)
     (beside,) = tmp_path.iterdir()
     save_adapter(small(2.0), tmp_path)
@@ -1188,10 +1189,10 @@ def test_without_locks_adapters_are_saved_and_what_others_write_is_left_alone(ho
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_files_are_not_mixed_when_they_are_saved_anew_while_they_are_read(tmp_path, monkeypatch):
+def test_files_are_not_mixed_when_they_are_saved_again_while_they_are_read(tmp_path, monkeypatch):
     save_adapter(small(1.0), tmp_path)
     read = checkpoint._read_tensors
-    for model, says in ((small(2.0), None), (small(3.0, lora_alpha=3), "saved anew while it was read; load it again")):
+    for model, says in ((small(2.0), None), (small(3.0, lora_alpha=3), "saved again while it was read; load it again")):
         monkeypatch.setattr(checkpoint, "_read_tensors", lambda path: (save_adapter(model, path), read(path))[1])
         if says:
             refuses(tmp_path, str(tmp_path), says, base=plain())

@@ -40,7 +40,8 @@ from transformers.utils import logging
 from lora_ref import LoRAConfig, add_lora, count_parameters, lora_parameters, merge, unmerge
 from lora_ref.initialization import INITIALIZERS, lora_ga
 from lora_ref.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
-from lora_ref.model import layer_kind, lora_layers, plan_lora
+from lora_ref.matching import lora_layer_class, plan_lora
+from lora_ref.model import lora_layers
 
 logging.set_verbosity_error()
 F32, BF16 = torch.float32, torch.bfloat16
@@ -132,7 +133,7 @@ CONFIGS = {
 
 
 @functools.cache
-def _built(name):
+def _base(name):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = ARCHITECTURES[name].build()
@@ -143,7 +144,7 @@ def _built(name):
 
 
 def base_of(name="Llama"):
-    return copy.deepcopy(_built(name))
+    return copy.deepcopy(_base(name))
 
 
 def config_of(name, kind="plain", **options):
@@ -596,7 +597,7 @@ def test_checkpointing_a_frozen_model_gives_the_same_gradients(name, reentrant, 
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-def test_without_checkpointing_the_embeddings_want_no_gradient():
+def test_without_checkpointing_the_embeddings_require_no_gradient():
     """The first block would compute ∂x for nobody."""
     model, seen = adapted().train(), []
     assert len(model.model.embed_tokens._forward_hooks) == 1
@@ -651,8 +652,8 @@ def test_each_kind_of_layer_has_its_class():
     kinds = {name: type(m) for name, m in lora_layers(both("GPT-2")[0]).items()}
     assert kinds["transformer.wte"] is LoRAEmbedding and kinds["transformer.h.0.attn.c_attn"] is LoRAConv1D
     assert {type(m) for m in lora_layers(adapted()).values()} == {LoRALinear}
-    assert layer_kind(nn.Conv2d(2, 3, 1)) is LoRAConv2d
-    assert layer_kind(nn.LayerNorm(3)) is layer_kind(nn.Conv1d(2, 3, 1)) is None
+    assert lora_layer_class(nn.Conv2d(2, 3, 1)) is LoRAConv2d
+    assert lora_layer_class(nn.LayerNorm(3)) is lora_layer_class(nn.Conv1d(2, 3, 1)) is None
 
 
 @pytest.mark.parametrize("training", [True, False])

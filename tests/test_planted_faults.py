@@ -120,29 +120,29 @@ FAULTS = {  # by the check that must find them
         Fault("s on one factor", "initialization", "root[:, None] * Vh[:r]", "s * root[:, None] * Vh[:r]"),
         Fault("nothing taken off", "initialization", "W.detach().to(A.dtype) - s * (B @ A)", "W.detach().clone()"),
         Fault("B·A taken off, not s·B·A", "initialization", "- s * (B @ A)", "- B @ A"),
-        Fault("shared W written", "layers", "self.weight = _parameter(self.matrix_to_w", "self.weight.data.copy_(self.matrix_to_w"),
-        Fault("W0 not used", "layers", "self.weight = _parameter(self.matrix_to_w", "_parameter(self.matrix_to_w"),
+        Fault("shared W written", "lora_layer", "self.weight = _parameter(self.matrix_to_w", "self.weight.data.copy_(self.matrix_to_w"),
+        Fault("W0 not used", "lora_layer", "self.weight = _parameter(self.matrix_to_w", "_parameter(self.matrix_to_w"),
     ],
     "only_the_factors_are_trained": [
-        Fault("base trained", "layers", "self.weight.requires_grad_(False)", "self.weight.requires_grad_(True)"),
-        Fault("bias trained", "layers", 'requires_grad_(config.bias != "none")', "requires_grad_(True)"),
-        Fault("bias never trained", "layers", 'requires_grad_(config.bias != "none")', "requires_grad_(False)"),
-        Fault("A no parameter", "layers", "= _parameter(init.A),", "= init.A,"),
+        Fault("base trained", "lora_layer", "self.weight.requires_grad_(False)", "self.weight.requires_grad_(True)"),
+        Fault("bias trained", "lora_layer", 'requires_grad_(config.bias != "none")', "requires_grad_(True)"),
+        Fault("bias never trained", "lora_layer", 'requires_grad_(config.bias != "none")', "requires_grad_(False)"),
+        Fault("A no parameter", "lora_layer", "= _parameter(init.A),", "= init.A,"),
     ],
     "merging_is_pefts_and_leaves_the_base": [
-        Fault("s twice", "layers", "self.scale * (self.lora_B", "self.scale**2 * (self.lora_B"),
-        Fault("no s", "layers", "self.scale * (self.lora_B", "(self.lora_B"),
-        Fault("into the base", "layers", "self.merged_weight = (W0.to", "self.merged_weight = W0.copy_(W0.to"),
-        Fault("rounded twice", "layers", "W0, BA = self.weight, self.delta_weight()", ROUNDED),
+        Fault("s twice", "lora_layer", "self.scale * (self.lora_B", "self.scale**2 * (self.lora_B"),
+        Fault("no s", "lora_layer", "self.scale * (self.lora_B", "(self.lora_B"),
+        Fault("into the base", "lora_layer", "self.merged_weight = (W0.to", "self.merged_weight = W0.copy_(W0.to"),
+        Fault("rounded twice", "lora_layer", "W0, BA = self.weight, self.delta_weight()", ROUNDED),
         Fault("Conv1D not transposed", "layers", CONV1D, CONV1D.replace("W.T", "W.reshape(W.T.shape)")),
-        Fault("added again", "layers", "(x, self.merged_weight)", "(x, self.merged_weight + self.delta_weight())"),
+        Fault("added again", "lora_layer", "(x, self.merged_weight)", "(x, self.merged_weight + self.delta_weight())"),
     ],
     "the_merge_follows_train_state_and_steps": [
-        Fault("train() leaves it", "layers", "        if mode:\n            self.merged_weight = None", "        pass"),
-        Fault("eval() merges", "layers", "super().train(mode)", "super().train(mode or bool(self._form()))"),
-        Fault("in the state dict", "layers", "None, persistent=False)", "None, persistent=True)"),
-        Fault("stale", "layers", "if self._versions != self._current():", "if False:"),
-        Fault("no gradient", "layers", "torch.is_grad_enabled() and (", "False and ("),
+        Fault("train() leaves it", "lora_layer", "        if mode:\n            self.merged_weight = None", "        pass"),
+        Fault("eval() merges", "lora_layer", "super().train(mode)", "super().train(mode or bool(self._form()))"),
+        Fault("in the state dict", "lora_layer", "None, persistent=False)", "None, persistent=True)"),
+        Fault("stale", "lora_layer", "if self._versions != self._current():", "if False:"),
+        Fault("no gradient", "lora_layer", "torch.is_grad_enabled() and (", "False and ("),
     ],
 }  # fmt: skip
 
@@ -162,7 +162,7 @@ def package(fault=None):
             module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
             sys.modules[name] = module
             exec(compile(source.replace(fault.old, fault.new), str(path), "exec"), module.__dict__)
-        for name in ("config", "functional", "initialization", "layers"):
+        for name in ("config", "functional", "initialization", "lora_layer", "layers"):
             setattr(planted, name, importlib.import_module(f"planted.{name}"))
         yield planted
     finally:

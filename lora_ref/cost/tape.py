@@ -13,7 +13,7 @@ from torch import nn
 
 from ..functional import should_materialize
 from ..layers import LoRAConv1D, LoRALayer, LoRALinear
-from ..model import layer_kind
+from ..matching import lora_layer_class
 
 
 @dataclass(eq=False, slots=True)
@@ -182,7 +182,7 @@ class Tape:
 
 def _kind(layer: nn.Module) -> type[LoRALayer] | None:
     """LoRALinear or LoRAConv1D, which say how the weight of a linear layer, adapted or not, is a matrix (d, k)."""
-    kind = type(layer) if isinstance(layer, LoRALayer) else layer_kind(layer)
+    kind = type(layer) if isinstance(layer, LoRALayer) else lora_layer_class(layer)
     return kind if kind in (LoRALinear, LoRAConv1D) else None
 
 

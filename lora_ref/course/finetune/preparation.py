@@ -7,12 +7,13 @@ from torch import nn
 
 from ...batched import add_batched_lora
 from ...config import LoRAConfig
-from ...model import add_lora, plan_lora
+from ...matching import plan_lora
+from ...model import add_lora
+from ...peft_format import CLASSIFIER_HEADS
 from .profiles import Profile
 from .tasks import Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADS = ("classifier", "score")  # what transformers calls a classifier's new head, which is trained in full
 
 
 def accelerator_for(p: Profile):
@@ -97,9 +98,9 @@ def check_model(model: nn.Module, tokenizer, task: Task, p: Profile) -> None:
                 raise ValueError(f"{name} = {value} tokens, but {p.model} reads at most {positions}; lower it")
     if p.task == "classification":
         task.types = getattr(model.config, "type_vocab_size", 1) > 1
-        task.head = [name for name in HEADS if hasattr(model, name)]
+        task.head = [name for name in CLASSIFIER_HEADS if hasattr(model, name)]
         if not task.head:
-            raise ValueError(f"{type(model).__name__} has no head named {' or '.join(HEADS)} to train")
+            raise ValueError(f"{type(model).__name__} has no head named {' or '.join(CLASSIFIER_HEADS)} to train")
         if p.frozen != "fp32" and p.precision == "fp32":
             raise ValueError(f"frozen = {p.frozen!r} needs precision = {p.frozen!r} in a classifier, got 'fp32'")
     for arm in p.arms:
