@@ -12,7 +12,7 @@ from lora_ref import LoRAConfig, add_lora, lora_parameters
 from lora_ref.batched import adapter_parameters, add_batched_lora, for_each_adapter, single_adapter
 from lora_ref.course.training import train
 from lora_ref.course.training.loop import _shown
-from lora_ref.course.training.state import Diverged, History, fault
+from lora_ref.course.training.history import Diverged, Progress, fault
 
 F64 = torch.float64
 RANKS, ALPHAS, SEEDS = (2, 3, 1), (5.0, 4.0, 2.5), (0, 7, 7)
@@ -167,7 +167,7 @@ def test_when_none_is_left_the_run_stops_and_says_what_each_ones_losses_were(tmp
     def loss(model, t):
         return side_by_side(model, t) * torch.tensor([float("inf") if t >= at else 1.0 for at in (2, 5, 3)])
 
-    with pytest.raises(Diverged, match="all 3 runs have diverged at step 5; lower the rate") as error:
+    with pytest.raises(Diverged, match="all 3 runs have diverged at step 5; lower lr \\(0.01, 0.05, 0.002\\)") as error:
         trained_together(loss=loss, checkpoint_path=tmp_path / "run.pt")
     assert isinstance(error.value, FloatingPointError) and "after step 4" in str(error.value)
     curves = list(zip(*error.value.losses))
@@ -200,12 +200,15 @@ def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tm
 def test_a_checkpoint_of_the_same_adapters_at_other_rates_is_refused(tmp_path, refused):
     file = tmp_path / "run.pt"
     trained_together(checkpoint_path=file)
-    refused(lambda: trained_together(checkpoint_path=file, rates=RATES[::-1]), "of another run: ratios differ")
+    refused(lambda: trained_together(checkpoint_path=file, rates=RATES[::-1]), "of another run: lrs differ")
 
 
 def test_the_bar_shows_the_best_loss_of_those_that_have_one():
-    assert _shown(History([[0.9, math.nan, 0.7]], []), 0, torch.device("cpu"))["loss"] == "0.700 at best"
-    assert _shown(History([0.9], []), 0, torch.device("cpu"))["loss"] == "0.900"
+    progress = Progress()
+    progress.losses, progress.scalar_loss = [[0.9, math.nan, 0.7]], False
+    assert _shown(progress, 0, torch.device("cpu"))["loss"] == "0.700 at best"
+    progress.losses, progress.scalar_loss = [[0.9]], True
+    assert _shown(progress, 0, torch.device("cpu"))["loss"] == "0.900"
 
 
 class Pretended:
