@@ -1,4 +1,4 @@
-"""Update by update: the measures of `svd` and `updates` on all matrices of a fine-tuned model, each with its null."""
+"""The measures of `svd` and `updates` on all matrices of a fine-tuned model, each beside what chance would give."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,29 @@ from ...model import lora_layers
 from ...svd import rank_at_energy
 from ...updates import amplification, amplification_null, intruders, similarity_null, subspace_similarity
 
+Updates = dict[str, tuple[Tensor, Tensor]]  # path → (W0, ΔW)
 
-def updates(before: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Path → (W0, ΔW), both (d, k), of every linear layer of a model; `before` is the base's state_dict.
+
+def updates(before: dict[str, Tensor], model: nn.Module) -> Updates:
+    """The update ΔW of every linear layer of a fine-tuned model, beside the weight W0 that it changes.
 
     Of an adapted model ΔW = s·B·A, of any other the difference to `before`. Embeddings and the head are left out.
+
+    Args:
+        before: the base's state_dict.
+        model: the fine-tuned model.
+
+    Returns:
+        Path → (W0, ΔW), both (d, k).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2))
+        >>> before = {name: value.clone() for name, value in model.state_dict().items()}
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.add_(1)
+        >>> W0, dW = updates(before, model)["0"]
+        >>> torch.equal(W0, before["0.weight"]), dW.round().tolist()
+        (True, [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     """
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         return {
@@ -24,7 +42,7 @@ def updates(before: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[Tens
 
 
 def measures(W0: Tensor, dW: Tensor, r: int = 8) -> dict[str, float]:
-    """What one update looks like, with W0 (d, k), ΔW (d, k), and beside each measure what chance would give.
+    """What one update looks like, with W0 (d, k), ΔW (d, k), and beside each measure what chance gives.
 
     size = ‖ΔW‖/‖W0‖; rank 90: the rank at 90 % of ΔW's energy; presence = ‖U_rᵀW0V_r‖/‖(W0)_r‖, U_r and V_r the first
     r singular vectors of ΔW: 1 if they are W0's own; amplification = ‖ΔW_r‖/‖U_rᵀW0V_r‖; intruders: see `updates`.

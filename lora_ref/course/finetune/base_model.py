@@ -4,15 +4,14 @@ Its shape and its training are the profile's `base_…` fields; its tokeniser is
 """
 
 import json
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from ..._files import write_json
-from ..text.corpus import PACKAGES, prose
-from ..text.pretrain import bits_per_byte, encode
-from ..training import train
+from ..text.corpus import PACKAGES, load_corpus
+from ..text.documents import count_bytes, encode_documents
+from ..text.pretrain import pretrain
 from .hub import load_tokenizer, quiet
 from .profiles import Profile
 from .run_directory import Workplace
@@ -58,12 +57,11 @@ def make_base(p: Profile, place: Workplace, accelerator, progress: bool) -> floa
         return json.loads((directory / "bits.json").read_text())["bits_per_byte"]
     if accelerator.distributed_type == "FSDP":
         raise ValueError("a new base is not made under FSDP; run with one process or DDP first, into the same output")
-    texts = prose(check_packages(p))
+    corpus = load_corpus(check_packages(p))
     tokenizer = load_tokenizer("prose_llama")
-    if not texts.held_out:
+    if not corpus.held_out:
         raise ValueError(f"base_packages = {p.base_packages!r} have too little prose to hold some out; name more")
-    ids, held_out = (encode(tokenizer, part) for part in texts)
-    size = sum(len(text.encode()) + 1 for text in texts.held_out)
+    ids, held_out = (encode_documents(tokenizer, part) for part in corpus)
     torch.manual_seed(0)
     model = new_model(p)
     place.say(
@@ -71,20 +69,21 @@ def make_base(p: Profile, place: Workplace, accelerator, progress: bool) -> floa
         f"{p.base_steps * p.base_batch * p.base_length:,} to be seen"
     )
     checkpoint = place.checkpoint("base")
-    history = train(
+    history = pretrain(
         model,
-        window_loss(ids, p, accelerator.process_index, accelerator.num_processes),
-        p.base_steps,
-        p.base_rate,
+        ids,
+        held_out,
+        count_bytes(corpus.held_out),
+        steps=p.base_steps,
+        batch_size=p.base_batch,
+        length=p.base_length,
+        lr=p.base_rate,
+        seed=1,
         warmup_steps=p.base_steps // 10,
-        weight_decay=0.1,
-        betas=(0.9, 0.95),
-        evaluate=lambda model: bits_per_byte(model, held_out.to(accelerator.device), size),
         eval_steps=max(1, p.base_steps // 5),
         checkpoint_path=checkpoint,
-        tokens_per_step=p.base_batch * p.base_length,
-        progress=progress,
         accelerator=accelerator,
+        progress=progress,
     )
     bits = history.evaluations[-1][1]
     place.say(f"base: {bits:.3f} held-out bits per byte after {history.seconds:.0f} s")
@@ -96,17 +95,3 @@ def make_base(p: Profile, place: Workplace, accelerator, progress: bool) -> floa
         checkpoint.unlink()
     accelerator.wait_for_everyone()
     return bits
-
-
-def window_loss(ids: torch.Tensor, p: Profile, process: int = 0, processes: int = 1) -> Callable:
-    """loss(model, t): this process's share of the mean loss over the windows of step t, drawn from t alone."""
-
-    def loss(model: nn.Module, t: int) -> torch.Tensor:
-        g = torch.Generator().manual_seed(1_000_003 + t)
-        starts = torch.randint(0, len(ids) - p.base_length - 1, (p.base_batch,), generator=g)[process::processes]
-        windows = torch.stack([ids[i : i + p.base_length + 1] for i in starts]).to(next(model.parameters()).device)
-        logits = model(input_ids=windows[:, :-1]).logits.float()
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
-        return total / (p.base_batch * p.base_length)
-
-    return loss

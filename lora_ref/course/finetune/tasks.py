@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..text.data_to_text import batch, batches, bleu, encode, held_out_loss, prompt, write
-from ..text.data_to_text import total_loss as total_text_loss
+from ..text.data_to_text import batches, collate, encode, held_out_loss, prompt, summed_loss
+from ..text.evaluation import bleu, generate_texts
 from ..text.grammar import DOMAINS, Example, examples, slot_error_rate
 from .profiles import Profile, near
 from .tables import load_tables, three_parts
@@ -125,17 +125,17 @@ class TextTask(Task):
         self.counts["train"] = len(self.rows["train"])
 
     def total(self, model, rows, copies=1):
-        return total_text_loss(model, batch(rows, self.tokenizer.eos_token_id), copies)[0]
+        return summed_loss(model, collate(rows, self.tokenizer.eos_token_id), copies)[0]
 
     def weight(self, rows):
-        return sum(len(row.ids) - row.prompt for row in rows)
+        return sum(len(row.ids) - row.prompt_length for row in rows)
 
     def held_out(self, model, part):
         return held_out_loss(model, self.rows[part], self.tokenizer.eos_token_id)
 
     def judge(self, model):
         found = self.parts["test"]
-        texts = write(model, self.tokenizer, found, tokens=self.p.new_tokens)
+        texts = generate_texts(model, self.tokenizer, found, max_new_tokens=self.p.new_tokens)
         score = bleu(texts, [example.texts for example in found])
         rate = (slot_error_rate if self.slot_rule == "grammar" else verbatim_slot_errors)(list(zip(found, texts)))
         measures = {"loss": self.held_out(model, "test"), "bleu": score, "slot_errors": rate}

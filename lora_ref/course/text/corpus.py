@@ -1,14 +1,14 @@
-"""English technical prose that is there offline: what the docstrings of the pinned dependencies say.
+"""English technical prose that needs no network: the docstrings of the pinned dependencies.
 
-A docstring is cut into paragraphs; those that are running text are kept (no code, tables, signatures or
-lists of parameters). The texts are under their packages' licences, all permissive: see PACKAGES.
+A docstring is cut into paragraphs. Those that are running text go into the corpus; code, tables, signatures and lists
+of parameters do not. The texts are under their packages' licences, all permissive: see PACKAGES.
 """
 
 import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,20 @@ WORD = re.compile(r"[A-Za-z]+")
 MARKUP = re.compile(r":[\w:]+:`~?([^`<]+?)(?:\s*<[^>]*>)?`|`{1,2}([^`]*)`{1,2}_?|\*{1,2}(\w[^*]*\w)\*{1,2}")
 
 
-class Prose(NamedTuple):
-    """Documents, each the paragraphs of one docstring joined by newlines; every 50th, by its hash, is held out."""
+class Corpus(NamedTuple):
+    """Documents of running text, in two parts.
+
+    A document is the paragraphs of one docstring, joined by newlines. Every 50th, chosen by its hash, is held out.
+
+    Args:
+        train: the documents to train on.
+        held_out: the documents to evaluate on; none of them is in `train`.
+
+    Example:
+        >>> corpus = Corpus(train=["A matrix has rows.", "It has columns."], held_out=["A vector has entries."])
+        >>> len(corpus.train), corpus.held_out
+        (2, ['A vector has entries.'])
+    """
 
     train: list[str]
     held_out: list[str]
@@ -71,12 +83,27 @@ def docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
-def prose(packages: list[str] = list(PACKAGES)) -> Prose:
-    """All the prose of these packages, a paragraph that is met again left out. About a minute; no network.
+def load_corpus(packages: Sequence[str] = tuple(PACKAGES)) -> Corpus:
+    """All running text in the docstrings of these packages. About a minute for all of them; no network.
 
-    Errors: ValueError for a package that is not installed. The texts depend on the packages' versions.
+    A paragraph that was seen before is left out. The texts depend on the packages' versions. The source files are
+    parsed, not executed.
+
+    Args:
+        packages: names as they are imported (default: all of PACKAGES).
+
+    Returns:
+        The documents, in the order of the packages and of their files' paths.
+
+    Raises:
+        ValueError: a package is not installed.
+
+    Example:
+        >>> corpus = load_corpus(["accelerate"])
+        >>> len(corpus.train) > 20 * len(corpus.held_out) > 0
+        True
     """
-    seen, documents = set(), Prose([], [])
+    seen, corpus = set(), Corpus([], [])
     for package in packages:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
@@ -86,7 +113,7 @@ def prose(packages: list[str] = list(PACKAGES)) -> Prose:
                 fresh = [text for text in paragraphs(docstring) if text not in seen]
                 seen.update(fresh)
                 if fresh:
-                    text = "\n".join(fresh)
-                    held_out = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 50 == 0
-                    (documents.held_out if held_out else documents.train).append(text)
-    return documents
+                    document = "\n".join(fresh)
+                    held_out = int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) % 50 == 0
+                    (corpus.held_out if held_out else corpus.train).append(document)
+    return corpus

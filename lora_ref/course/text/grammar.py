@@ -1,81 +1,34 @@
-"""Data to text: records of slots and values, and sentences that say them, from grammars of this project.
+"""Data to text: records of slots and values, and sentences that express them, from grammars of this project.
 
     name[Miller's Table], eatType[pub], priceRange[cheap], area[riverside]
     Down by the river there is a cheap pub called Miller's Table.
 
-The records look like the E2E challenge's (restaurants), so that its data can take their place; the names and
-the sentences are our own. A second domain, the weather, is for transfer and forgetting. Each value can be worded in
-several ways, slots come in varying order, in one sentence or three, so that no template gets far.
+The records have the form of the E2E challenge's (restaurants), so that its data can replace them; the names and the
+sentences are our own. A second domain, the weather, is for transfer and forgetting. Each value has several wordings,
+and slots come in varying order, in one sentence or more, so that a fixed template does not get far.
 """
 
 import random
 from dataclasses import dataclass
 
 from ..._checks import check_integer
-
-NAMES = (
-    "Miller's Table,The Golden Oar,Saffron Lane,The Copper Pot,Harbour Lights,Olive and Thyme,The Old Mill,"
-    "Lantern House,The Blue Heron,Juniper Court,Red Brick Kitchen,The Willow Tree,Fennel and Rye,The Quiet Fox,"
-    "Marigold,The Brass Kettle,Northgate,The Seven Stairs,Amber Room,The Stone Bridge"
-).split(",")
-TOWNS = "Norwick,Ashford Bay,Elmstead,Kings Hollow,Redmoor,Saltmarsh,Thornby,Westerley,Birchwood,Lowfield".split(",")
-
-# slot → value → the ways to say it. The slot-error rate looks for these words, so no way of one value is part of
-# a way of another value of its slot.
-RESTAURANTS = {
-    "eatType": {"pub": ["pub"], "restaurant": ["restaurant"], "coffee shop": ["coffee shop", "café"]},
-    "food": {
-        kind: [kind] for kind in ("Italian", "Chinese", "Indian", "French", "English", "Japanese", "Mexican", "Greek")
-    },
-    "priceRange": {
-        "cheap": ["cheap", "inexpensive", "low-priced"],
-        "moderate": ["moderately priced", "mid-priced", "averagely priced"],
-        "high": ["costly", "high-priced", "upmarket"],
-    },
-    "customer rating": {
-        "low": ["low customer rating", "poorly rated", "few good reviews"],
-        "average": ["average customer rating", "rated as average", "mixed reviews"],
-        "high": ["high customer rating", "highly rated", "excellent reviews"],
-    },
-    "area": {
-        "riverside": ["by the river", "on the riverside", "along the river"],
-        "city centre": ["in the city centre", "in the middle of town", "in the heart of the city"],
-    },
-    "familyFriendly": {
-        "yes": ["family friendly", "welcomes families", "good for children"],
-        "no": ["for adults only", "unsuitable for children", "does not admit children"],
-    },
-    "near": {name: [f"near {name}", f"close to {name}", f"not far from {name}"] for name in NAMES},
-}
-WEATHER = {
-    "day": {day: [day] for day in "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()},
-    "sky": {
-        "clear": ["clear skies", "plenty of sunshine", "not a cloud"],
-        "cloudy": ["grey clouds", "an overcast sky", "little sun"],
-        "changing": ["sun and clouds in turn", "some sunny spells", "a changing sky"],
-    },
-    "temperature": {
-        "cold": ["cold", "chilly", "near freezing"],
-        "mild": ["mild", "pleasant", "agreeably warm"],
-        "hot": ["hot", "sweltering", "baking"],
-    },
-    "wind": {
-        "calm": ["hardly any wind", "no wind to speak of", "a calm air"],
-        "breeze": ["a light breeze", "a gentle breeze", "some breeze"],
-        "strong": ["strong wind", "stiff gusts", "a gale"],
-    },
-    "rain": {
-        "none": ["dry", "without rain", "free of rain"],
-        "showers": ["a few showers", "scattered showers", "a shower or two"],
-        "heavy": ["heavy rain", "a downpour", "rain in torrents"],
-    },
-}
-DOMAINS = {"restaurants": RESTAURANTS, "weather": WEATHER}
+from .vocabulary import DOMAINS, NAMES, RESTAURANTS, TOWNS, WEATHER
 
 
 @dataclass(frozen=True)
 class Example:
-    """A record and one way, or several, to say it. `domain` is a key of DOMAINS."""
+    """A record and its reference texts.
+
+    Args:
+        domain: a key of DOMAINS; "e2e" for records of the E2E challenge.
+        slots: slot → value.
+        texts: the references, each of which expresses all of the record.
+
+    Example:
+        >>> example = Example("weather", {"town": "Elmstead", "rain": "none"}, ["Dry in Elmstead."])
+        >>> example.meaning
+        'town[Elmstead], rain[none]'
+    """
 
     domain: str
     slots: dict[str, str]
@@ -83,80 +36,126 @@ class Example:
 
     @property
     def meaning(self) -> str:
-        """The record in E2E's notation: name[…], eatType[…], …"""
+        """The meaning representation, in E2E's notation: name[…], eatType[…], …"""
         return ", ".join(f"{slot}[{value}]" for slot, value in self.slots.items())
 
 
 def examples(domain: str, n: int, seed: int = 0, texts: int = 1) -> list[Example]:
-    """n examples with distinct records; the same seed gives the same ones, and more of them for a larger n.
+    """Random examples with distinct records.
 
-    Errors: ValueError for an unknown domain, n < 1, texts < 1.
+    The same seed gives the same examples, and a larger n gives more of them after the same first ones.
+
+    Args:
+        domain: a key of DOMAINS: "restaurants" or "weather".
+        n: how many examples, 1 or more.
+        seed: of the generator, which serves this call alone.
+        texts: how many texts for each record, 1 or more.
+
+    Returns:
+        The n examples.
+
+    Raises:
+        ValueError: an unknown domain, n < 1 or texts < 1.
+
+    Example:
+        >>> (example,) = examples("weather", 1, seed=4)
+        >>> example.meaning
+        'town[Kings Hollow], day[Monday], temperature[mild], rain[none]'
+        >>> example.texts
+        ['For Monday, Kings Hollow: it will stay dry and it will be pleasant.']
     """
     if domain not in DOMAINS:
         raise ValueError(f"domain = {domain!r} is unknown; choose one of {', '.join(DOMAINS)}")
     n, texts = check_integer(n, "n", 1), check_integer(texts, "texts", 1)
     rng, seen, found = random.Random(f"{domain} {seed}"), set(), []
     while len(found) < n:
-        slots = _record(domain, rng)
+        slots = _random_record(domain, rng)
         key = tuple(slots.items())
         if key not in seen:
             seen.add(key)
-            found.append(Example(domain, slots, [say(domain, slots, rng) for _ in range(texts)]))
+            found.append(Example(domain, slots, [realize(domain, slots, rng) for _ in range(texts)]))
     return found
 
 
-def say(domain: str, slots: dict[str, str], rng: random.Random) -> str:
-    """One of the many ways to say a record."""
-    return (_say_restaurant if domain == "restaurants" else _say_weather)(slots, rng)
+def realize(domain: str, slots: dict[str, str], rng: random.Random) -> str:
+    """One of the many texts that express a record."""
+    if domain == "restaurants":
+        return _realize_restaurant(slots, rng)
+    return _realize_weather(slots, rng)
 
 
 def slot_errors(example: Example, text: str) -> tuple[int, int]:
-    """(errors, slots): slots of the record that the text does not say, plus values that it says against it.
+    """(errors, slots): slots of the record that the text leaves out, plus values that contradict the record.
 
-    A value is said if one of its wordings stands in the text, in any case; the name and the town by themselves.
+    A value is expressed if one of its wordings occurs in the text, in upper or lower case. A name or a town has one
+    wording, itself.
     """
     low, errors = f" {text.lower()} ", 0
     for slot, value in example.slots.items():
         if slot in ("name", "town"):
             errors += value.lower() not in low
     for slot, values in DOMAINS[example.domain].items():
-        said = {value for value, ways in values.items() if any(_stands(way.lower(), low) for way in ways)}
-        wanted = {example.slots[slot]} if slot in example.slots else set()
-        errors += len(said ^ wanted)
+        expressed = {
+            value
+            for value, wordings in values.items()
+            if any(_contains_words(wording.lower(), low) for wording in wordings)
+        }
+        expected = {example.slots[slot]} if slot in example.slots else set()
+        errors += len(expressed ^ expected)
     return errors, len(example.slots)
 
 
 def slot_error_rate(found: list[tuple[Example, str]]) -> float:
-    """Errors per slot over (example, text) pairs: 0 is perfect; can exceed 1. Errors: ValueError for no pairs."""
+    """Slot errors over slots, of all texts together.
+
+    An error is a slot of the record that the text leaves out, or a value in the text that contradicts the record (a
+    wrong value counts twice, as one missing and one added).
+
+    Args:
+        found: (example, text to judge) pairs.
+
+    Returns:
+        Errors per slot: 0 is perfect; can exceed 1.
+
+    Raises:
+        ValueError: no pairs.
+
+    Example:
+        >>> pub = Example("restaurants", {"name": "The Old Mill", "eatType": "pub", "area": "riverside"}, [])
+        >>> slot_error_rate([(pub, "The Old Mill is a pub by the river.")])
+        0.0
+        >>> slot_error_rate([(pub, "The Old Mill is a cheap pub by the river.")])  # cheap is not in the record
+        0.3333333333333333
+    """
     if not found:
         raise ValueError("there are no texts to judge; pass at least one (example, text)")
-    errors, slots = zip(*(slot_errors(example, text) for example, text in found))
+    errors, slots = zip(*(slot_errors(example, text) for example, text in found), strict=True)
     return sum(errors) / sum(slots)
 
 
-def _stands(way: str, text: str) -> bool:
-    """Whether the words stand in the text as whole words."""
-    at = text.find(way)
+def _contains_words(words: str, text: str) -> bool:
+    """Whether the words occur in the text as whole words; the text begins and ends with a space."""
+    at = text.find(words)
     while at >= 0:
-        if not text[at - 1].isalpha() and not text[at + len(way)].isalpha():
+        if not text[at - 1].isalpha() and not text[at + len(words)].isalpha():
             return True
-        at = text.find(way, at + 1)
+        at = text.find(words, at + 1)
     return False
 
 
-def _record(domain: str, rng: random.Random) -> dict[str, str]:
+def _random_record(domain: str, rng: random.Random) -> dict[str, str]:
     if domain == "restaurants":
         name, near = rng.sample(NAMES, 2)
         chosen = {"name": name, "eatType": rng.choice(list(RESTAURANTS["eatType"]))}
         optional = ["food", "priceRange", "customer rating", "area", "familyFriendly", "near"]
-        keep = set(rng.sample(optional, rng.randint(2, 6)))
+        selected = set(rng.sample(optional, rng.randint(2, 6)))
         for slot in optional:
-            if slot in keep:
+            if slot in selected:
                 chosen[slot] = near if slot == "near" else rng.choice(list(RESTAURANTS[slot]))
         return chosen
     chosen = {"town": rng.choice(TOWNS), "day": rng.choice(list(WEATHER["day"]))}
-    keep = set(rng.sample(["sky", "temperature", "wind", "rain"], rng.randint(2, 4)))
-    return chosen | {slot: rng.choice(list(WEATHER[slot])) for slot in WEATHER if slot in keep}
+    selected = set(rng.sample(["sky", "temperature", "wind", "rain"], rng.randint(2, 4)))
+    return chosen | {slot: rng.choice(list(WEATHER[slot])) for slot in WEATHER if slot in selected}
 
 
 def _article(phrase: str) -> str:
@@ -171,8 +170,8 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def _say_restaurant(slots: dict[str, str], rng: random.Random) -> str:
-    """A first sentence with the name, its kind and some slots, then what is left in one sentence or more."""
+def _realize_restaurant(slots: dict[str, str], rng: random.Random) -> str:
+    """A first sentence with the name, its kind and some slots, then the other slots in one sentence or more."""
     word = {slot: rng.choice(RESTAURANTS[slot][value]) for slot, value in slots.items() if slot != "name"}
     name, kind = slots["name"], word["eatType"]
     before = [slot for slot in ("priceRange", "food") if slot in word and rng.random() < 0.6]
@@ -217,9 +216,10 @@ def _clause(slot: str, word: str, rng: random.Random) -> str:
     return f"is {word}"
 
 
-def _say_weather(slots: dict[str, str], rng: random.Random) -> str:
-    """Where and when, then what the sky, the air, the wind and the rain do, in varying order."""
-    town, word = slots["town"], {s: rng.choice(WEATHER[s][v]) for s, v in slots.items() if s != "town"}
+def _realize_weather(slots: dict[str, str], rng: random.Random) -> str:
+    """Where and when, then sky, temperature, wind and rain in varying order."""
+    town = slots["town"]
+    word = {slot: rng.choice(WEATHER[slot][value]) for slot, value in slots.items() if slot != "town"}
     where = rng.choice((f"on {word['day']} in {town}", f"in {town} on {word['day']}", f"for {word['day']}, {town}"))
     clauses = []
     for slot in rng.sample([s for s in word if s != "day"], len(word) - 1):

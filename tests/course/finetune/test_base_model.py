@@ -1,9 +1,8 @@
 """course/new_base.py: the base model that is made without a network."""
 
 import pytest
-import torch
 
-from lora_ref.course.finetune.base_model import check_packages, make_base, new_model, window_loss
+from lora_ref.course.finetune.base_model import check_packages, make_base, new_model
 from lora_ref.course.finetune.preparation import accelerator_for
 from lora_ref.course.finetune.profiles import PROFILES, profile
 from lora_ref.course.finetune.run_directory import Workplace
@@ -19,17 +18,6 @@ def test_the_profiles_base_has_between_30_and_120_million_parameters():
     assert next(model.parameters()).is_meta and model.config.vocab_size == 2048
 
 
-def test_the_windows_losses_of_all_processes_add_up_to_their_mean():
-    torch.manual_seed(0)
-    model, ids = new_model(TINY), torch.arange(500) % 97
-    alone = window_loss(ids, TINY)(model, 3)
-    shares = [window_loss(ids, TINY, process, 2)(model, 3) for process in (0, 1)]
-    torch.testing.assert_close(sum(shares), alone)
-    labels = model(input_ids=ids[None, :16]).logits
-    assert 0.5 < alone.item() / torch.tensor(2048.0).log().item() < 1.5 and labels.shape == (1, 16, 2048)
-    assert window_loss(ids, TINY)(model, 4).item() != alone.item()
-
-
 def test_packages_are_checked(refused):
     assert check_packages(TINY) == list(PACKAGES)
     refused(lambda: check_packages(profile("gpu-offline", base_packages=["pandas"])), "'pandas'", "choose 'all'")
@@ -37,16 +25,16 @@ def test_packages_are_checked(refused):
 
 def test_a_base_that_is_there_is_not_made_again_and_too_little_prose_is_refused(tmp_path, monkeypatch, refused):
     from lora_ref.course.finetune import base_model as new_base
-    from lora_ref.course.text.corpus import Prose
+    from lora_ref.course.text.corpus import Corpus
 
     accelerator = accelerator_for(TINY)
     place = Workplace(tmp_path / "out", "gpu-offline", {})
     place.begin()
-    monkeypatch.setattr(new_base, "prose", lambda packages: Prose(["a"], []))
+    monkeypatch.setattr(new_base, "load_corpus", lambda packages: Corpus(["a"], []))
     refused(lambda: make_base(TINY, place, accelerator, False), "too little prose", "name more")
     texts = [f"This is sentence number {i} of a few." for i in range(40)]
-    monkeypatch.setattr(new_base, "prose", lambda packages: Prose(texts[:30], texts[30:]))
+    monkeypatch.setattr(new_base, "load_corpus", lambda packages: Corpus(texts[:30], texts[30:]))
     bits = make_base(TINY, place, accelerator, False)
-    monkeypatch.setattr(new_base, "prose", lambda packages: pytest.fail("made again"))
+    monkeypatch.setattr(new_base, "load_corpus", lambda packages: pytest.fail("made again"))
     assert make_base(TINY, place, accelerator, False) == bits and 0 < bits < 20
     assert not place.checkpoint("base").exists()

@@ -551,10 +551,10 @@ def test_glue_from_local_directories_trains_head_and_adapter(tmp_path, profile, 
 
 def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):
     from lora_ref.course.finetune import base_model as new_base
-    from lora_ref.course.text.corpus import Prose
+    from lora_ref.course.text.corpus import Corpus
 
     documents = [f"The function number {i} returns the value of its argument." for i in range(60)]
-    monkeypatch.setattr(new_base, "prose", lambda packages: Prose(documents[:50], documents[50:]))
+    monkeypatch.setattr(new_base, "load_corpus", lambda packages: Corpus(documents[:50], documents[50:]))
     changes = BASE | {"arms": ("r=1", "r=3"), "lora_rates": (1e-2,), "seeds": (0,), "device": "cpu", "steps": 3}
     monkeypatch.chdir(tmp_path)
     found = finetune("gpu-offline", "run", progress=False, **SMALL | changes)

@@ -59,7 +59,7 @@ def test_the_shares_of_all_processes_and_parts_add_up_to_the_mean_over_tokens(to
     task = text_task(tokenizer, accumulate=accumulate)
     plan = task.plan(0)
     chosen = [task.rows["train"][i] for i in plan[1]]
-    lengths = {len(row.ids) - row.prompt for row in chosen}
+    lengths = {len(row.ids) - row.prompt_length for row in chosen}
     assert len(lengths) > 1  # else a mean of means would pass
     expected, wanted = gradients(model, [text_loss(model, chosen, 0)])
     shares = [

@@ -1,8 +1,8 @@
-"""course/prose.py: what counts as running text, and a corpus that comes out the same every time."""
+"""course/text/corpus.py: what counts as running text, and a corpus that comes out the same every time."""
 
 import pytest
 
-from lora_ref.course.text import corpus as prose
+from lora_ref.course.text import corpus
 
 DOCSTRING = """
 Return the product of two matrices, with ``B`` applied to the result of *each* first.
@@ -24,7 +24,7 @@ Too short a paragraph.
 
 
 def test_running_text_is_kept_without_markup_and_nothing_else():
-    assert list(prose.paragraphs(DOCSTRING)) == [
+    assert list(corpus.paragraphs(DOCSTRING)) == [
         "Return the product of two matrices, with B applied to the result of each first.",
         "The factors are kept apart because their product is large, see torch.nn.Linear for what a layer does with it. "
         "It costs less.",
@@ -42,21 +42,21 @@ def test_running_text_is_kept_without_markup_and_nothing_else():
     ],
 )
 def test_what_is_no_running_text(text):
-    assert list(prose.paragraphs(text)) == []
+    assert list(corpus.paragraphs(text)) == []
 
 
 def test_docstrings_are_read_not_run(tmp_path):
     (tmp_path / "a.py").write_text('"""Module."""\nraise SystemExit\ndef f():\n    """Function."""\n')
     (tmp_path / "b.py").write_text("def f(:")
-    assert list(prose.docstrings(tmp_path / "a.py")) == ["Module.", "Function."]
-    assert list(prose.docstrings(tmp_path / "b.py")) == []
+    assert list(corpus.docstrings(tmp_path / "a.py")) == ["Module.", "Function."]
+    assert list(corpus.docstrings(tmp_path / "b.py")) == []
 
 
 def test_a_corpus_is_the_same_every_time_without_repetition_and_split_by_content(refused):
-    first = prose.prose(["peft", "accelerate"])
-    assert first == prose.prose(["peft", "accelerate"])
+    first = corpus.load_corpus(["peft", "accelerate"])
+    assert first == corpus.load_corpus(["peft", "accelerate"])
     assert len(first.train) > 500 and 0.005 < len(first.held_out) / len(first.train) < 0.05
     lines = "\n".join(first.train + first.held_out).split("\n")
     assert len(lines) == len(set(lines)) and all(line.isascii() for line in lines)
     assert not set(first.train) & set(first.held_out)
-    refused(lambda: prose.prose(["no_such_package_here"]), "no_such_package_here is not installed")
+    refused(lambda: corpus.load_corpus(["no_such_package_here"]), "no_such_package_here is not installed")

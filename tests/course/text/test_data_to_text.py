@@ -1,47 +1,28 @@
-"""course/data_to_text.py: what is scored, that padding changes nothing, and the measures against their sources."""
+"""course/text/data_to_text.py: what is scored, and that padding changes nothing."""
 
 import copy
 import random
 
 import pytest
-import sacrebleu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_ref.course.classifiers import seeded
 from lora_ref.course.text.data_to_text import (
-    IGNORED,
+    IGNORE_INDEX,
     Row,
-    batch,
     batches,
-    bleu,
+    collate,
     encode,
     held_out_loss,
-    prompt,
-    scores,
+    summed_loss,
     text_loss,
-    write,
 )
-from lora_ref.course.text.grammar import Example, examples, slot_error_rate
-from lora_ref.course.text.language_model import language_model
+from lora_ref.course.text.grammar import Example
 
-SHIPPED, TOKENIZER = language_model()
-END = TOKENIZER.eos_token_id
-EXAMPLES = examples("restaurants", 5, seed=1, texts=2) + examples("weather", 2, seed=1)
+from .text_models import END, EXAMPLES, MODELS, TOKENIZER, each_model, tiny
 
-
-def tiny(seed=0, **more):
-    """A random Llama whose attention has no square matrix: q_proj (64, 32), k_proj and v_proj (16, 32)."""
-    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
-    return seeded(seed, lambda: LlamaForCausalLM(LlamaConfig(**sizes | heads | more))).eval()
-
-
-MODELS = {"tiny": tiny(), "tied": tiny(1, tie_word_embeddings=True), "shipped": SHIPPED}
-each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 IDS = st.integers(0, len(TOKENIZER) - 1)
 PARTS = st.tuples(st.lists(IDS, min_size=1, max_size=7), st.lists(IDS, min_size=1, max_size=9))
 ROWS = st.lists(PARTS.map(lambda parts: Row(parts[0] + parts[1], len(parts[0]))), min_size=1, max_size=5)
@@ -51,33 +32,11 @@ def losses(model, row):
     """−log p of each token of the row's text given all before it: one row, no padding, no labels."""
     with torch.no_grad():
         logs = model(input_ids=torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
-    return [-logs[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row.ids))]
+    return [-logs[i - 1, row.ids[i]].item() for i in range(row.prompt_length, len(row.ids))]
 
 
 def mean(values):
     return sum(values) / len(values)
-
-
-def greedy(model, tokenizer, example, tokens):
-    """The likeliest token, again and again: one row, no padding, no cache."""
-    ids, new = tokenizer(prompt(example), add_special_tokens=False)["input_ids"], []
-    while len(new) < tokens and tokenizer.eos_token_id not in new:
-        with torch.no_grad():
-            new.append(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item())
-    return new
-
-
-def text_of(tokenizer, ids):
-    """The end may be an ordinary token, if tokenizer.eos_token was set by hand, and is no part of the text even so."""
-    ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def ending_at(token):
-    """The tokeniser with this token as its end, as a random model may well write it."""
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
-    return tokenizer
 
 
 # rows
@@ -88,8 +47,8 @@ def test_a_row_is_the_record_on_a_line_then_a_text_then_the_end():
     pairs = [(example, text) for example in EXAMPLES for text in example.texts]
     assert len(rows) == len(pairs) == 12
     for row, (example, text) in zip(rows, pairs):
-        assert TOKENIZER.decode(row.ids[: row.prompt]) == f"{example.meaning}\n"
-        assert TOKENIZER.decode(row.ids[row.prompt : -1]) == text
+        assert TOKENIZER.decode(row.ids[: row.prompt_length]) == f"{example.meaning}\n"
+        assert TOKENIZER.decode(row.ids[row.prompt_length : -1]) == text
         assert row.ids[-1] == END and row.ids.count(END) == 1
 
 
@@ -99,8 +58,8 @@ def test_prompt_and_text_are_tokenised_apart_and_nothing_is_put_before_them():
     assert begins("one")["input_ids"][0] == END
     assert encode(begins, EXAMPLES) == encode(TOKENIZER, EXAMPLES)
     (row,) = encode(TOKENIZER, [Example("weather", {"town": "Elmstead"}, ["\nno"])])
-    assert row.prompt == len(TOKENIZER("town[Elmstead]\n")["input_ids"])
-    assert row.ids[row.prompt : -1] == TOKENIZER("\nno")["input_ids"]
+    assert row.prompt_length == len(TOKENIZER("town[Elmstead]\n")["input_ids"])
+    assert row.ids[row.prompt_length : -1] == TOKENIZER("\nno")["input_ids"]
 
 
 def test_an_example_without_a_text_gives_no_row():
@@ -108,11 +67,11 @@ def test_an_example_without_a_text_gives_no_row():
     assert encode(TOKENIZER, [silent, EXAMPLES[0], silent]) == encode(TOKENIZER, EXAMPLES[:1])
 
 
-# batches: what is scored
+# collation: what is scored
 
 
 def test_prompts_and_padding_are_not_scored_the_end_is():
-    found = batch([Row([11, 12, 13, 14, END], 3), Row([21, 22, 23, 24, 25, 26, END], 2)], pad=END)
+    found = collate([Row([11, 12, 13, 14, END], 3), Row([21, 22, 23, 24, 25, 26, END], 2)], pad_token_id=END)
     assert {name: value.tolist() for name, value in found.items()} == {
         "input_ids": [[11, 12, 13, 14, END, END, END], [21, 22, 23, 24, 25, 26, END]],
         "attention_mask": [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]],
@@ -122,7 +81,7 @@ def test_prompts_and_padding_are_not_scored_the_end_is():
 
 @given(rows=ROWS, pad=IDS)
 def test_a_batch_holds_each_row_and_scores_each_token_of_its_text_once(rows, pad):
-    found = batch(rows, pad)
+    found = collate(rows, pad)
     length = max(len(row.ids) for row in rows)
     assert all(value.shape == (len(rows), length) and value.dtype == torch.int64 for value in found.values())
     for i, row in enumerate(rows):
@@ -130,7 +89,7 @@ def test_a_batch_holds_each_row_and_scores_each_token_of_its_text_once(rows, pad
         more = length - len(row.ids)
         assert ids == row.ids + [pad] * more
         assert mask == [1] * len(row.ids) + [0] * more
-        assert labels == [IGNORED] * row.prompt + row.ids[row.prompt :] + [IGNORED] * more
+        assert labels == [IGNORE_INDEX] * row.prompt_length + row.ids[row.prompt_length :] + [IGNORE_INDEX] * more
 
 
 # the loss
@@ -143,7 +102,7 @@ def test_a_batch_holds_each_row_and_scores_each_token_of_its_text_once(rows, pad
 def test_the_loss_and_its_gradient_are_transformers_own(rows, pad, name, dtype):
     model = copy.deepcopy(MODELS[name]).to(dtype)
     names, parameters = zip(*model.named_parameters())
-    theirs = model(**batch(rows, pad)).loss
+    theirs = model(**collate(rows, pad)).loss
     expected = torch.autograd.grad(theirs, parameters)
     own = text_loss(model, rows, pad)
     found = torch.autograd.grad(own, parameters)
@@ -176,12 +135,21 @@ def test_the_held_out_loss_is_that_of_the_rows_one_by_one(model, size):
     assert held_out_loss(model, rows[::-1], 7, size) == pytest.approx(truth, rel=1e-5)
 
 
-def test_the_held_out_loss_takes_the_model_as_it_is_and_asks_for_no_gradient():
+def test_the_held_out_loss_takes_the_model_as_it_is_and_builds_no_graph():
     model, rows, graphs = tiny(attention_dropout=0.5), encode(TOKENIZER, EXAMPLES), []
     model.register_forward_hook(lambda module, inputs, out: graphs.append(out.logits.requires_grad))
     calm = held_out_loss(model, rows, END)
     noisy = held_out_loss(model.train(), rows, END)
     assert model.training and noisy != calm and graphs == [False, False]
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_the_summed_loss_of_copies_is_that_of_each(copies):
+    batch = collate(encode(TOKENIZER, EXAMPLES), END)
+    alone, count = summed_loss(MODELS["tiny"], batch)
+    found, tokens = summed_loss(MODELS["tiny"], batch, copies)
+    assert found.shape == (copies,) and tokens == count == sum((labels != -100).sum() for labels in batch["labels"])
+    torch.testing.assert_close(found, alone.expand(copies), rtol=1e-5, atol=0)
 
 
 # the order of the rows
@@ -236,107 +204,6 @@ def test_batches_draws_from_its_own_generator(rng_untouched):
     assert random.getstate() == before
 
 
-# writing
-
-
-@each_model
-@pytest.mark.parametrize("size", [1, 3, 32])
-def test_writing_is_greedy_and_the_padding_on_the_left_changes_nothing(model, size):
-    lengths = [len(TOKENIZER(prompt(example))["input_ids"]) for example in EXAMPLES]
-    assert len(set(lengths)) > 3 and lengths != sorted(lengths)
-    truth = [text_of(TOKENIZER, greedy(model, TOKENIZER, example, 8)) for example in EXAMPLES]
-    assert len(set(truth)) > 3
-    assert write(model, TOKENIZER, EXAMPLES, size, tokens=8) == truth
-
-
-def test_writing_stops_at_the_tokenisers_end_and_the_end_is_not_in_the_text():
-    """Whatever the model's own settings say of the end and of penalties, as those of models from the Hub may."""
-    model = tiny(2)
-    tokenizer = ending_at(greedy(model, TOKENIZER, EXAMPLES[3], 5)[4])
-    ids = [greedy(model, tokenizer, example, 20) for example in EXAMPLES]
-    ended = [row[-1] == tokenizer.eos_token_id for row in ids]
-    assert any(ended) and not all(ended)
-    truth = [text_of(tokenizer, row) for row in ids]
-    assert write(model, tokenizer, EXAMPLES, tokens=20) == truth
-    model.generation_config.eos_token_id = [ids[0][1], ids[1][2]]
-    model.generation_config.update(repetition_penalty=3.0, do_sample=True, temperature=2.0, num_beams=2)
-    assert write(model, tokenizer, EXAMPLES, tokens=20) == truth
-
-
-def test_writing_begins_as_training_taught_it():
-    """Trained on one record until it says it, the model writes it, end and all: prompts are the same in both."""
-    model = tiny(3).train()
-    (example,) = [Example("weather", {"town": "Elmstead", "rain": "none"}, ["Dry in Elmstead."])]
-    rows, optimizer = encode(TOKENIZER, [example]), torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(12):
-        optimizer.zero_grad()
-        text_loss(model, rows, END).backward()
-        optimizer.step()
-    assert write(model.eval(), TOKENIZER, [example], tokens=40) == ["Dry in Elmstead."]
-
-
-# BLEU
-
-
-WORDS = st.lists(st.sampled_from("The the pub by a river is cheap .".split()), min_size=1, max_size=9).map(" ".join)
-JUDGED = st.lists(st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=4)), min_size=1, max_size=5)
-
-
-@given(JUDGED)
-def test_bleu_is_sacrebleus_of_the_corpus_with_all_references(judged):
-    """For sacrebleu references come by number, one list over all texts. One given twice changes nothing."""
-    texts, references = map(list, zip(*judged))
-    streams = [[found[i % len(found)] for found in references] for i in range(4)]
-    assert bleu(texts, references) == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    "texts, references, says",
-    [
-        (["The pub is cheap."], ["The pub is cheap."], ["text 0", "'The pub is cheap.'", "[[reference], …]"]),
-        (["a", "b"], [["a"], "It rains."], ["text 1", "'It rains.'", "a list for each text"]),
-        (["a", "b"], "It rains.", ["text 0", "'It rains.'", "[[reference], …]"]),
-        ("It rains.", [["It rains."]], ["texts is the string 'It rains.'", "pass [text]"]),
-    ],
-)
-def test_bleu_refuses_a_string_whose_letters_it_would_score(texts, references, says):
-    with pytest.raises(TypeError) as error:
-        bleu(texts, references)
-    assert all(part in str(error.value) for part in says), error.value
-
-
-def test_bleu_takes_the_best_of_references_of_unequal_number():
-    right, wrong = "the pub lies by the river today", "it may well rain in the evening"
-    assert bleu([right], [[right]]) == pytest.approx(100)
-    assert bleu([right, wrong], [[wrong, right], [wrong]]) == pytest.approx(100)
-    assert bleu([right], [[wrong]]) < 10
-    assert bleu([""], [[right]]) == 0
-
-
-# all of it
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_scores_are_the_three_measures_in_eval_mode_and_the_mode_comes_back(training):
-    model = tiny(attention_dropout=0.5).train(training)
-    found = scores(model, TOKENIZER, EXAMPLES)
-    assert model.training == training and model.model.layers[0].training == training
-    model.eval()
-    assert found.loss == held_out_loss(model, encode(TOKENIZER, EXAMPLES), END)
-    assert found.texts == write(model, TOKENIZER, EXAMPLES)
-    assert found.bleu == bleu(found.texts, [example.texts for example in EXAMPLES])
-    assert found.slot_errors == slot_error_rate(list(zip(EXAMPLES, found.texts)))
-    assert found.slot_errors > 0.9  # nothing is learnt yet
-
-
-def test_a_model_that_fails_gets_its_mode_back():
-    model = tiny().train()
-    model.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        scores(model, TOKENIZER, EXAMPLES)
-    assert model.training
-
-
 # bad input
 
 
@@ -347,24 +214,20 @@ def test_bad_input_is_refused(refused):
     model = tiny()
     for nothing in ([], silent):
         refused(lambda: encode(TOKENIZER, nothing), "no examples with a text", "at least one")
-        refused(lambda: scores(model.train(), TOKENIZER, nothing), "no examples with a text")
     refused(lambda: encode(endless, EXAMPLES), "no end token", "tokenizer.eos_token")
     longest = max(len(row.ids) for row in rows)
     assert encode(TOKENIZER, EXAMPLES, longest) == rows
-    refused(lambda: encode(TOKENIZER, EXAMPLES, longest - 1), f"{longest} tokens", f"longest = {longest - 1}", "raise")
+    refused(
+        lambda: encode(TOKENIZER, EXAMPLES, longest - 1), f"{longest} tokens", f"max_length = {longest - 1}", "raise"
+    )
     for call in (
-        batch,
+        collate,
         lambda rows, pad: text_loss(model, rows, pad),
         lambda rows, pad: held_out_loss(model, rows, pad),
     ):
         refused(lambda: call([], END), "no rows", "at least one")
-    refused(lambda: held_out_loss(model, rows, END, 0), "size = 0")
-    refused(lambda: batches(rows, 13, 1, 0), "size = 13", "there are 12 rows")
-    refused(lambda: batches(rows, 0, 1, 0), "size = 0")
+    refused(lambda: held_out_loss(model, rows, END, 0), "batch_size = 0")
+    refused(lambda: batches(rows, 13, 1, 0), "batch_size = 13", "there are 12 rows")
+    refused(lambda: batches(rows, 0, 1, 0), "batch_size = 0")
     refused(lambda: batches(rows, 2, 0, 0), "steps = 0")
     refused(lambda: batches([], 1, 1, 0), "there are 0 rows")
-    refused(lambda: write(model, TOKENIZER, []), "no examples", "at least one")
-    refused(lambda: write(model, TOKENIZER, EXAMPLES, size=0), "size = 0")
-    refused(lambda: write(model, TOKENIZER, EXAMPLES, tokens=0), "tokens = 0")
-    for texts, references in (([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a", "b"], [["a"], []])):
-        refused(lambda: bleu(texts, references), f"{len(texts)} texts", f"{len(references)} lists of references")

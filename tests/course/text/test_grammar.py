@@ -1,4 +1,4 @@
-"""course/grammar.py: sentences that say their record, and an error rate that notices when they do not."""
+"""course/text/grammar.py: sentences that express their record, and an error rate that notices when they do not."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lora_ref.course.text import grammar
-from lora_ref.course.text.grammar import DOMAINS, Example, examples, say, slot_error_rate, slot_errors
+from lora_ref.course.text.grammar import DOMAINS, Example, examples, realize, slot_error_rate, slot_errors
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -14,11 +14,11 @@ def test_no_wording_of_a_value_hides_in_one_of_another_value(domain):
     for slot, values in DOMAINS[domain].items():
         for (one, ways), (other, others) in itertools.permutations(values.items(), 2):
             for way, text in itertools.product(ways, others):
-                assert not grammar._stands(way.lower(), f" {text.lower()} "), (slot, one, other, way)
+                assert not grammar._contains_words(way.lower(), f" {text.lower()} "), (slot, one, other, way)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_the_grammar_says_every_record_without_an_error(domain):
+def test_the_grammar_expresses_every_record_without_an_error(domain):
     found = examples(domain, 1500, seed=3, texts=2)
     assert slot_error_rate([(example, text) for example in found for text in example.texts]) == 0
     assert all(text[0].isupper() and text.endswith(".") and "  " not in text for e in found for text in e.texts)
@@ -36,7 +36,7 @@ def test_examples_are_distinct_repeatable_and_grow(domain):
 def test_wording_and_order_vary(domain):
     slots = max((example.slots for example in examples(domain, 200)), key=len)
     rng = random.Random(0)
-    texts = {say(domain, slots, rng) for _ in range(200)}
+    texts = {realize(domain, slots, rng) for _ in range(200)}
     assert len(texts) > 150 and len({text.split()[0] for text in texts}) >= 3
 
 

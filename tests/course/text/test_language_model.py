@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lora_ref import LoRAConfig, add_lora, count_parameters
+from lora_ref.course.text import documents, pretrain
 from lora_ref.course.text import language_model as models
-from lora_ref.course.text import pretrain
 
 ASSETS = pretrain.ASSETS
 
@@ -53,8 +53,8 @@ def test_it_predicts_technical_english_far_better_than_chance(shipped):
         "If the argument is None, the default value is used and a warning is given to the user of this class.",
     ]
     size = sum(len(line) + 1 for line in text)
-    chance = math.log2(2048) * len(pretrain.encode(tokenizer, text)) / size
-    assert pretrain.bits_per_byte(model, pretrain.encode(tokenizer, text), size) < 0.6 * chance
+    chance = math.log2(2048) * len(documents.encode_documents(tokenizer, text)) / size
+    assert documents.bits_per_byte(model, documents.encode_documents(tokenizer, text), size) < 0.6 * chance
 
 
 def test_it_takes_an_adapter(shipped):

@@ -1,4 +1,4 @@
-"""course/pretrain.py: the whole way from texts to a directory that transformers loads, in miniature."""
+"""course/text/pretrain.py: the whole way from texts to a directory that transformers loads, in miniature."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lora_ref.course.classifiers import seeded
 from lora_ref.course.text import pretrain
-from lora_ref.course.text.corpus import Prose
+from lora_ref.course.text.corpus import Corpus
+from lora_ref.course.text.documents import bits_per_byte, encode_documents
 
 WORDS = "the matrix returns a value of this function when its input array has the given shape".split()
 
@@ -20,14 +23,14 @@ def texts():
     def text():
         return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (40,), generator=g)) + "."
 
-    return Prose([text() for _ in range(300)], [text() for _ in range(12)])
+    return Corpus([text() for _ in range(300)], [text() for _ in range(12)])
 
 
 @pytest.fixture(scope="module")
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "LENGTH", 32)
-        patch.setattr(pretrain, "BATCH", 4)
+        patch.setattr(pretrain, "BATCH_SIZE", 4)
         small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         patch.setattr(pretrain, "SHAPE", pretrain.SHAPE | small | {"vocab_size": 300})
         yield
@@ -61,18 +64,40 @@ def test_transformers_loads_it_and_it_predicts_better_than_chance(trained, texts
     tokenizer = AutoTokenizer.from_pretrained(trained)
     for text in (*texts.held_out, "Ünïcode → bytes, \n and\ttabs 🙂"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    ids = pretrain.encode(tokenizer, texts.held_out)
+    ids = encode_documents(tokenizer, texts.held_out)
     size = sum(len(text) + 1 for text in texts.held_out)
-    assert pretrain.bits_per_byte(model, ids, size) < 0.8 * math.log2(300) * len(ids) / size
+    assert bits_per_byte(model, ids, size) < 0.8 * math.log2(300) * len(ids) / size
 
 
-def test_bits_per_byte_is_the_mean_negative_log_likelihood(texts, tiny):
-    class Uniform(torch.nn.Module):
-        def forward(self, input_ids):
-            return type("Out", (), {"logits": torch.zeros(*input_ids.shape, 300)})
+def test_the_windows_losses_of_all_processes_add_up_to_their_mean():
+    shape = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = seeded(0, lambda: LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)))
+    ids = torch.arange(500) % 97
+    alone = pretrain.window_loss(ids, 6, 16, 1)(model, 3)
+    shares = [pretrain.window_loss(ids, 6, 16, 1, None, process, 2)(model, 3) for process in (0, 1)]
+    torch.testing.assert_close(sum(shares), alone)
+    labels = model(input_ids=ids[None, :16]).logits
+    assert 0.5 < alone.item() / torch.tensor(2048.0).log().item() < 1.5 and labels.shape == (1, 16, 2048)
+    assert pretrain.window_loss(ids, 6, 16, 1)(model, 4).item() != alone.item()
+    assert pretrain.window_loss(ids, 6, 16, 2)(model, 3).item() != alone.item()
 
-    ids = torch.arange(100) % 300
-    assert pretrain.bits_per_byte(Uniform(), ids, 50) == pytest.approx(99 * math.log2(300) / 50, rel=1e-5)
+
+def test_a_windows_loss_is_the_mean_cross_entropy_of_the_tokens_after_the_first():
+    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = seeded(0, lambda: LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)))
+    ids = torch.arange(500) * 7 % 97
+    starts = torch.randint(0, 500 - 16 - 1, (5,), generator=torch.Generator().manual_seed(3 * 1_000_003 + 2))
+    windows = torch.stack([ids[i : i + 17] for i in starts])
+    truth = model(input_ids=windows, labels=windows).loss
+    torch.testing.assert_close(pretrain.window_loss(ids, 5, 16, 3)(model, 2), truth)
+    half = pretrain.window_loss(ids, 5, 16, 3, torch.bfloat16)(model, 2)
+    assert half.dtype == torch.float32 and half != truth
+    torch.testing.assert_close(half, truth, rtol=1e-2, atol=0)
+
+
+def test_a_text_too_short_for_a_window_is_refused(refused):
+    refused(lambda: pretrain.window_loss(torch.arange(17), 5, 16, 0), "ids has 17 tokens", "at least 18")
+    pretrain.window_loss(torch.arange(18), 5, 16, 0)
 
 
 def test_the_same_command_gives_the_same_model(trained, texts, tiny, tmp_path):
