@@ -459,5 +459,8 @@ def test_intruders_refuses_unequal_shapes_zeros_and_vectors_beyond_the_rank(refu
     refused(lambda: intruders(GOOD, torch.zeros(5, 3), 1), "W is the zero matrix", "non-zero entry")
     low = torch.ones(5, 1) @ torch.tensor([[1.0, -2.0, 0.5]])
     refused(lambda: intruders(GOOD, low, 2), "top = 2", "between 1 and 1", "has rank 1")
-    for threshold in (0, -0.1, 1.1, 50, math.nan, True, "0.5", None):
+    for threshold in (0, -0.1, 1.1, 50, math.nan):
         refused(lambda: intruders(GOOD, GOOD, 1, threshold), f"threshold = {threshold!r}", "0 < threshold <= 1")
+    for threshold in (True, "0.5", None):
+        says = f"threshold must be a number, got {threshold!r}"
+        refused(lambda: intruders(GOOD, GOOD, 1, threshold), says, "0 < threshold <= 1")
