@@ -25,7 +25,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """What `pip install lora_ref[extras]` asks for directly, in the file's order; an extra may name the project's others."""
+    """What `pip install lora_ref[extras]` asks for directly, in the file's order; an extra may name others."""
     found: dict[str, Requirement] = {}
 
     def visit(lines: list[str], seen: frozenset[str]) -> None:
@@ -120,9 +120,8 @@ def test_the_extras_are_those_that_the_readme_and_the_messages_name():
     assert set(EXTRAS) == {"course", "hub", "gpu", "test", "dev"}
     assert {r.name for r in requirements("course", "hub")} <= {r.name for r in requirements("test")}
     assert {r.name for r in requirements("test")} <= {r.name for r in requirements("dev")}
-    text = "\n".join(lines("README.md"))
-    assert all(f".[{extra}]" in text for extra in ("course", "test", "hub", "gpu"))
-    assert ".[dev]" in "\n".join(lines("CONTRIBUTING.md"))
+    named = re.findall(r"\.\[([a-z,]+)\]", "\n".join(lines("README.md") + lines("CONTRIBUTING.md")))
+    assert {extra for names in named for extra in names.split(",")} == set(EXTRAS)
 
 
 def test_extras_that_name_each_other_are_followed(monkeypatch):
@@ -187,6 +186,34 @@ def test_environment_names_a_supported_python_and_nothing_else_from_conda():
     name, version = python.split("=", 1)
     assert name == "python" and others == ["pip"]
     assert SpecifierSet(PROJECT["requires-python"]).contains(f"{version}.0")
+
+
+# The map
+
+
+def mapped() -> set[str]:
+    """The paths in CONTRIBUTING.md's tree: a name belongs to the last folder above it that is less indented."""
+    text = "\n".join(lines("CONTRIBUTING.md"))
+    tree = text[text.index("## The map") :].split("```")[1]
+    folders: list[tuple[int, str]] = []
+    paths = set()
+    for line in filter(None, tree.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        folders = [(depth, name) for depth, name in folders if depth < indent]
+        for word in line.split():
+            if not word.endswith(("/", ".py", ".toml")):
+                break  # the words that explain begin here
+            paths.add("".join(name for _, name in folders) + word)
+            if word.endswith("/"):
+                folders.append((indent, word))
+    return paths
+
+
+def test_the_map_names_every_folder_and_module():
+    package = ROOT / "lora_ref"
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in package.rglob("__init__.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py") if not path.name.startswith("_")}
+    assert sorted((folders | modules) - mapped()) == []
 
 
 # The commands
