@@ -522,7 +522,7 @@ VECTOR = torch.tensor([5.0, 4.0, 3.0])
         (VECTOR, 0, 2, ["r = 0", "between 1 and 3"]),
         (VECTOR, 4, 2, ["r = 4", "between 1 and 3"]),
         (VECTOR, 1.0, 2, ["1.0", "between 1 and 3"]),
-        (VECTOR, 1, 1, ["oversampling = 1", "at least 2", "p − 1"]),
+        (VECTOR, 1, 1, ["oversampling = 1", "at least 2", "oversampling − 1"]),
         (VECTOR, 1, True, ["True", "at least 2"]),
         (VECTOR, 1, math.nan, ["nan", "at least 2"]),
     ],
