@@ -3,6 +3,7 @@
 import builtins
 import copy
 import errno
+import fcntl
 import fractions
 import itertools
 import json
@@ -11,10 +12,12 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import peft
 import pytest
@@ -32,7 +35,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lora_ref import LoRAConfig, _adapter_files, add_lora, checkpoint, load_adapter, lora_parameters, merge, save_adapter
+from lora_ref import (
+    LoRAConfig,
+    _adapter_files,
+    add_lora,
+    checkpoint,
+    load_adapter,
+    lora_parameters,
+    merge,
+    save_adapter,
+)
 from lora_ref._adapter_files import CONFIG, TENSORS
 from lora_ref.config import INITIALIZERS
 from lora_ref.initialization import pissa
@@ -99,6 +111,14 @@ def rewrite(directory, change=lambda tensors: None, **options):
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def locks_of_these_tests(tmp_path_factory):
+    """Locks in a folder that goes with the tests' others."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = before
 
 
 @pytest.fixture
@@ -1171,22 +1191,70 @@ def test_a_process_forked_during_a_save_does_not_keep_the_next_one_waiting(tmp_p
     assert found(tmp_path) == [(2.0, 2.0)] * 2
 
 
-@pytest.mark.parametrize("how", ["no fcntl", "no lock", "no right to read"])
-def test_without_locks_adapters_are_saved_and_what_others_write_is_left_alone(how, tmp_path, monkeypatch):
+def without_locks(how, monkeypatch, tmp_path_factory):
+    """Make the lock impossible to have."""
+
     def refuse(*args):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    if how == "no fcntl":
-        monkeypatch.setattr(checkpoint, "fcntl", None)
-    else:
-        monkeypatch.setattr(*((checkpoint.fcntl, "flock") if how == "no lock" else (_adapter_files.os, "open")), refuse)
-    if how == "no right to read":  # mkdtemp and rmtree open nothing here
+    if how == "no fcntl":  # filelock's own substitute then: a file, which a killed process would leave
+        monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)
+    elif how == "no lock":
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    elif how == "no right to read":  # mkdtemp and rmtree open nothing here
+        monkeypatch.setattr(_adapter_files.os, "open", refuse)
         monkeypatch.setattr(_adapter_files.shutil, "rmtree", lambda path, ignore_errors: os.rmdir(path))
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        locks = Path(tempfile.gettempdir(), f"lora_ref-locks-{os.getuid()}")
+        if how == "a file in its place":
+            locks.write_text("")
+        elif how == "a link in its place":
+            locks.symlink_to(tmp_path_factory.mktemp("elsewhere"))
+        elif how == "others may write there":
+            locks.mkdir()
+            locks.chmod(0o777)
+        else:
+            locks.mkdir(0o700)
+            monkeypatch.setattr(_adapter_files.os, "getuid", lambda: os.stat(locks).st_uid + 1)
+            locks.rename(locks.with_name(f"lora_ref-locks-{os.getuid()}"))
+
+
+NO_LOCKS = ["no fcntl", "no lock", "no right to read"]
+NO_LOCKS += ["a file in its place", "a link in its place", "others may write there", "another user's"]
+
+
+@pytest.mark.parametrize("how", NO_LOCKS)
+def test_without_locks_adapters_are_saved_and_what_others_write_is_left_alone(
+    how, tmp_path, monkeypatch, tmp_path_factory
+):
+    without_locks(how, monkeypatch, tmp_path_factory)
     killed(lambda: save_adapter(small(1.0), tmp_path), at=4)
     (beside,) = tmp_path.iterdir()
     save_adapter(small(2.0), tmp_path)
     assert (beside / TENSORS).exists() and found(tmp_path) == [(2.0, 2.0)] * 2
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_that_was_made_under_another_lock_is_left_alone(tmp_path, monkeypatch, tmp_path_factory):
+    """As by another machine over NFS, or with another TMPDIR: whether its save still runs cannot be seen from here."""
+    directory = tmp_path / "adapter"
+    assert killed(lambda: save_adapter(small(1.0), directory), at=2)
+    (left,) = directory.iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    save_adapter(small(3.0), directory)
+    assert {path.name for path in directory.iterdir()} == {CONFIG, TENSORS, left.name}
+    monkeypatch.undo()
+    save_adapter(small(4.0), directory)
+    assert {path.name for path in directory.iterdir()} == {CONFIG, TENSORS}
+    assert found(directory) == [(4.0, 2.0)] * 2
+
+
+def test_the_lock_is_neither_in_the_directory_nor_beside_it_and_only_this_user_can_open_it(tmp_path):
+    save_adapter(small(1.0), tmp_path / "a" / "b")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", CONFIG, TENSORS, "b"]
+    locks = Path(tempfile.gettempdir(), f"lora_ref-locks-{os.getuid()}")
+    assert locks.stat().st_mode & 0o777 == 0o700 and list(locks.glob("*.lock"))
 
 
 def test_files_are_not_mixed_when_they_are_saved_again_while_they_are_read(tmp_path, monkeypatch):
