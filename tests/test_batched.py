@@ -1,4 +1,4 @@
-"""batched.py: adapters side by side on one base are what each is alone."""
+"""batched.py: many adapters on one base compute and train as each does by itself."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from tests.course.finetune.tiny_models import llama
 
 F64 = torch.float64
 RANKS, ALPHAS, SEEDS = (2, 3, 1), (5.0, 4.0, 2.5), (0, 7, 7)
-RATES = (0.01, 0.05, 0.002)
+LRS = (0.01, 0.05, 0.002)
 STEPS = 9
 
 
@@ -51,7 +51,7 @@ def filled(model, e):
     return model
 
 
-def together(configs=None, base=None, numbers=True):
+def batched_model(configs=None, base=None, numbers=True):
     model = add_batched_lora(
         base or network(), configs or [config(e) for e in range(3)], [generator(e) for e in range(3)]
     )
@@ -62,8 +62,8 @@ def together(configs=None, base=None, numbers=True):
     return model
 
 
-def alone(e, own=None, base=None, numbers=True):
-    model = add_lora(base or network(), own or config(e), generator=generator(e))
+def single_model(e, base=None, numbers=True):
+    model = add_lora(base or network(), config(e), generator=generator(e))
     return filled(model, e) if numbers else model
 
 
@@ -74,11 +74,11 @@ def close(a, b, tolerance=1e-10):
 # the layer
 
 
-def test_every_adapter_begins_bit_for_bit_as_it_does_alone():
-    model = together(numbers=False)
+def test_every_adapter_starts_bit_for_bit_as_in_add_lora():
+    model = batched_model(numbers=False)
     assert isinstance(model[0], BatchedLoRALinear) and model[0].weight is model[0].adapters[2].weight
     for e in range(3):
-        expected = lora_parameters(alone(e, numbers=False))
+        expected = lora_parameters(single_model(e, numbers=False))
         with single_adapter(model, e):
             found = lora_parameters(model)
         assert list(found) == list(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
@@ -87,20 +87,20 @@ def test_every_adapter_begins_bit_for_bit_as_it_does_alone():
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 5, 6), (3, 2, 2, 6), (0, 6)])
 def test_each_group_of_rows_passes_through_its_own_adapter(shape):
-    x, model = randn(*shape, seed=1), together()
+    x, model = randn(*shape, seed=1), batched_model()
     y = model(x)
     assert y.shape == (*shape[:-1], 4)
     for e, (mine, found) in enumerate(zip(x.chunk(3), y.chunk(3))):
-        close(found, alone(e)(mine))
+        close(found, single_model(e)(mine))
 
 
 def test_any_layout_will_do():
     x = randn(5, 6, 6, seed=1).transpose(0, 1)
-    close(together()(x), together()(x.contiguous()))
+    close(batched_model()(x), batched_model()(x.contiguous()))
 
 
 def test_the_gradient_of_a_loss_is_its_adapters_own_and_autograds_on_the_matrix():
-    x, model = randn(6, 6, seed=1), together()
+    x, model = randn(6, 6, seed=1), batched_model()
     losses = model(x).square().view(3, -1).sum(1)
     for e in range(3):
         others = [p for other in range(3) if other != e for p in adapter_parameters(model, other)]
@@ -117,19 +117,19 @@ def test_the_gradient_of_a_loss_is_its_adapters_own_and_autograds_on_the_matrix(
             close(mine, theirs)
 
 
-def test_what_is_frozen_has_no_gradient_and_the_base_is_there_once():
-    model = together()
+def test_what_is_frozen_has_no_gradient_and_the_base_is_counted_once():
+    model = batched_model()
     model(randn(6, 6)).sum().backward()
     trained = {id(p) for e in range(3) for p in adapter_parameters(model, e)}
     assert all((p.grad is not None) == p.requires_grad == (id(p) in trained) for p in model.parameters())
     number = sum(RANKS) * (6 + 8 + 8 + 4)
     assert count_parameters(model) == (number, number + 6 * 8 + 8 * 4 + 4)
     with single_adapter(model, 1):
-        assert count_parameters(model) == count_parameters(alone(1))
+        assert count_parameters(model) == count_parameters(single_model(1))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["16-bit base", "autocast"])
-def test_in_16_bits_it_is_what_the_ordinary_layer_is_and_gradients_stay_in_32(autocast):
+def test_in_16_bits_outputs_are_those_of_LoRALinear_and_gradients_have_32_bits(autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
 
     def found(model, x):
@@ -138,41 +138,41 @@ def test_in_16_bits_it_is_what_the_ordinary_layer_is_and_gradients_stay_in_32(au
         y.float().square().sum().backward()
         return y
 
-    x, model = randn(6, 6, seed=1), together(base=network().to(dtype))
+    x, model = randn(6, 6, seed=1), batched_model(base=network().to(dtype))
     assert {p.dtype for e in range(3) for p in adapter_parameters(model, e)} == {torch.float32}
     y = found(model, x)
     assert y.dtype == torch.bfloat16
     for e, (mine, part) in enumerate(zip(x.chunk(3), y.chunk(3))):
-        single = alone(e, base=network().to(dtype))
+        single = single_model(e, base=network().to(dtype))
         close(part, found(single, mine), 0.1)
         for a, b in zip(adapter_parameters(model, e), lora_parameters(single).values()):
             assert a.grad.dtype == torch.float32 and (a.grad - b.grad).norm() <= 0.05 * b.grad.norm()
 
 
-def test_dropout_is_the_adapters_input_alone_in_training_alone_and_each_ones_own():
+def test_dropout_acts_on_the_adapters_input_only_while_training_with_a_mask_for_each():
     configs = [config(e, lora_dropout=p) for e, p in enumerate((0.0, 0.5, 0.5))]
     x = randn(2, 6, seed=1).repeat(3, 1)
-    started = together(configs, numbers=False).train()
+    started = batched_model(configs, numbers=False).train()
     close(started(x), network()(x))  # B = 0: the base sees all of x
-    model = together(configs).train()
+    model = batched_model(configs).train()
     one, two = model(x).chunk(3), model(x).chunk(3)
     assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1]) and not torch.equal(one[2], two[2])
-    close(model.eval()(x), together()(x))
+    close(model.eval()(x), batched_model()(x))
     layer = model[0].train()
     mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
     assert (mean - layer.eval()(x)).abs().max() < 0.3
 
 
-# one of them
+# a single adapter
 
 
-def test_only_gives_the_ordinary_model_and_everything_back(tmp_path):
-    model, x = together(), randn(4, 6, seed=2)
+def test_single_adapter_gives_the_ordinary_model_and_restores_everything(tmp_path):
+    model, x = batched_model(), randn(4, 6, seed=2)
     names, before = list(dict(model.named_parameters())), copy.deepcopy(model.state_dict())
     for e in range(3):
         with single_adapter(model, e) as same:
             assert same is model and not any(isinstance(m, BatchedLoRALinear) for m in model.modules())
-            expected = alone(e).eval()
+            expected = single_model(e).eval()
             close(model.eval()(x), expected(x))
             merge(model)
             close(model(x), expected(x))
@@ -181,19 +181,19 @@ def test_only_gives_the_ordinary_model_and_everything_back(tmp_path):
     assert list(dict(model.named_parameters())) == names and not hasattr(model, "lora_plan")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert for_each_adapter(model, lambda m: m(x).sum().item()) == pytest.approx(
-        [alone(e)(x).sum().item() for e in range(3)]
+        [single_model(e)(x).sum().item() for e in range(3)]
     )
     with pytest.raises(ZeroDivisionError), single_adapter(model, 1):
         1 / 0
-    close(model(x[:3]), together()(x[:3]))
+    close(model(x[:3]), batched_model()(x[:3]))
 
 
-def test_an_adapter_taken_out_is_saved_and_loads_here_and_in_peft(tmp_path):
+def test_a_single_adapter_is_saved_and_loads_here_and_in_peft(tmp_path):
     from peft import PeftModel
 
     name = llama(tmp_path / "model")
     configs = [config(e, exclude_modules=["o_proj"]) for e in range(3)]
-    model = together(configs, load_model(name))
+    model = batched_model(configs, load_model(name))
     ids = torch.arange(24).view(3, 8)
     logits = model.eval()(ids).logits
     for e in range(3):
@@ -203,8 +203,8 @@ def test_an_adapter_taken_out_is_saved_and_loads_here_and_in_peft(tmp_path):
             close(load(load_model(name), str(tmp_path / str(e))).eval()(ids[e : e + 1]).logits, logits[e : e + 1], 1e-4)
 
 
-def test_the_model_of_all_is_not_saved_as_if_it_were_one(refused, tmp_path):
-    refused(lambda: save_adapter(together(), tmp_path / "all"), "adapted by hand")
+def test_the_batched_model_is_not_saved_as_if_it_had_one_adapter(refused, tmp_path):
+    refused(lambda: save_adapter(batched_model(), tmp_path / "all"), "adapted by hand")
     assert not (tmp_path / "all").exists()
 
 
@@ -212,7 +212,7 @@ def test_the_model_of_all_is_not_saved_as_if_it_were_one(refused, tmp_path):
 def test_checkpointed_activations_change_no_gradient(tmp_path, dtype):
     name, ids, found = llama(tmp_path / "model"), torch.arange(24).view(3, 8), []
     for checkpointing in (False, True):
-        model = together(base=load_model(name).to(dtype)).train()
+        model = batched_model(base=load_model(name).to(dtype)).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(ids).logits.float().log_softmax(-1)[..., 5].mean(1).sum().backward()
@@ -241,7 +241,7 @@ def test_what_cannot_share_a_base_is_refused_and_the_model_stays_as_it_was(chang
     for p, flag in zip(model.parameters(), flags):
         p.requires_grad_(flag)
     before = list(model.modules())
-    refused(lambda: together([config(e, **own) for e, own in enumerate(changes)], model, False), *says)
+    refused(lambda: batched_model([config(e, **own) for e, own in enumerate(changes)], model, False), *says)
     assert list(model.modules()) == before and [p.requires_grad for p in model.parameters()] == flags
     assert not hasattr(model, "lora_plans")
 
@@ -253,11 +253,11 @@ def test_more_that_is_refused(refused):
     refused(
         lambda: add_batched_lora(embedding, [config(0, target_modules=["0"])], [None]), "0 is a Embedding", "nn.Linear"
     )
-    model = together()
+    model = batched_model()
     refused(lambda: model(randn(7, 6)), "(7, 6)", "3 groups")
-    refused(lambda: together(base=model), "adapted already")
+    refused(lambda: batched_model(base=model), "adapted already")
     refused(lambda: single_adapter(model, 3).__enter__(), "3 adapters side by side now, not number 3")
-    refused(lambda: single_adapter(alone(0), 0).__enter__(), "0 adapters")
+    refused(lambda: single_adapter(single_model(0), 0).__enter__(), "0 adapters")
     refused(lambda: for_each_adapter(network(), len), "0 adapters")
     with single_adapter(model, 0):
         refused(lambda: single_adapter(model, 1).__enter__(), "0 adapters side by side now")
@@ -272,12 +272,12 @@ def losses_of(model, t, e):
     return x, x[:, :4].sin() * (e + 1)
 
 
-def side_by_side(model, t):
+def batched_loss(model, t):
     x, target = (torch.cat(parts) for parts in zip(*(losses_of(model, t, e) for e in range(3))))
     return (model(x) - target).square().view(3, -1).mean(1)
 
 
-def single(e):
+def single_loss(e):
     def loss(model, t):
         x, target = losses_of(model, t, e)
         return (model(x) - target).square().mean()
@@ -288,54 +288,54 @@ def single(e):
 OPTIONS = {"warmup_steps": 2, "weight_decay": 0.3, "max_grad_norm": 0.5, "eval_steps": 4}
 
 
-def trained_together(model=None, loss=side_by_side, rates=RATES, **options):
-    model = model or together()
-    groups = [{"params": adapter_parameters(model, e), "lr": rates[e]} for e in range(3)]
+def train_batched(model=None, loss=batched_loss, lrs=LRS, **options):
+    model = model or batched_model()
+    groups = [{"params": adapter_parameters(model, e), "lr": lrs[e]} for e in range(3)]
     return model, train(model, loss, STEPS, 1.0, param_groups=groups, **OPTIONS | options)
 
 
-def trained_alone(e, model=None, **options):
-    model = model or alone(e)
-    return model, train(model, single(e), STEPS, RATES[e], **OPTIONS | options)
+def train_single(e, model=None, **options):
+    model = model or single_model(e)
+    return model, train(model, single_loss(e), STEPS, LRS[e], **OPTIONS | options)
 
 
 def check(model, history, members=(0, 1, 2), tolerance=1e-10, dtype=F64):
     """These adapters, and their losses, are those of separate runs."""
     for e in members:
-        expected, own = trained_alone(e, alone(e, base=network().to(dtype)))
+        expected, own = train_single(e, single_model(e, base=network().to(dtype)))
         assert history.member(e).losses == pytest.approx(own.losses, rel=tolerance)
         for a, b in zip(adapter_parameters(model, e), lora_parameters(expected).values()):
             close(a, b, tolerance)
 
 
-def test_trained_together_they_end_as_each_does_alone():
-    model, history = trained_together()
+def test_batched_training_ends_as_separate_runs_do():
+    model, history = train_batched()
     assert [len(step) for step in history.losses] == [3] * STEPS
     check(model, history)
     norms = []  # or the test would see neither clipping, nor whose norm it is
     for e in range(3):
-        twin = alone(e)
-        single(e)(twin, 0).backward()
+        twin = single_model(e)
+        single_loss(e)(twin, 0).backward()
         norms.append(torch.stack([p.grad.norm() for p in twin.parameters() if p.requires_grad]).norm().item())
     assert min(norms) > 1.5 * OPTIONS["max_grad_norm"] and max(norms) > 1.5 * min(norms)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-10), (torch.float32, 1e-4)])
-def test_so_they_do_where_a_step_is_done_in_parts(dtype, tolerance):
+def test_batched_training_with_gradient_accumulation_ends_as_separate_runs_do(dtype, tolerance):
     def loss(model, t, part):
         mine = [[v[part::2] for v in losses_of(model, t, e)] for e in range(3)]
         x, target = (torch.cat(parts) for parts in zip(*mine))
         return (model(x) - target).square().view(3, -1).mean(1) / 2
 
-    model, history = trained_together(together(base=network().to(dtype)), loss, gradient_accumulation_steps=2)
+    model, history = train_batched(batched_model(base=network().to(dtype)), loss, gradient_accumulation_steps=2)
     check(model, history, tolerance=tolerance, dtype=dtype)
 
 
-def test_an_evaluation_of_each_adapter_is_in_each_ones_curve():
+def test_each_adapters_evaluation_is_in_its_own_curve():
     X = randn(5, 6, seed=77)
-    model, history = trained_together(evaluate=lambda model: for_each_adapter(model, lambda m: m(X).sum().item()))
+    model, history = train_batched(evaluate=lambda model: for_each_adapter(model, lambda m: m(X).sum().item()))
     for e in range(3):
-        _, own = trained_alone(e, evaluate=lambda model: model(X).sum().item())
+        _, own = train_single(e, evaluate=lambda model: model(X).sum().item())
         found = history.member(e).evaluations
         assert [t for t, _ in found] == [t for t, _ in own.evaluations] == [0, 4, 8, 9]
         assert [v for _, v in found] == pytest.approx([v for _, v in own.evaluations], rel=1e-9)
@@ -344,38 +344,38 @@ def test_an_evaluation_of_each_adapter_is_in_each_ones_curve():
 @pytest.mark.parametrize("how", ["rate", "nan", "gradient"])
 def test_one_that_diverges_does_not_disturb_the_others(how):
     def loss(model, t):
-        values = side_by_side(model, t)
+        values = batched_loss(model, t)
         if how == "nan" and t >= 3:
             return values * torch.tensor([1.0, float("nan"), 1.0])
         if how == "gradient":  # the loss is finite, its gradient is not
             return torch.stack([values[0], values[1] + (values[1] * 0).sqrt(), values[2]])
         return values
 
-    rates = (RATES[0], 1e200, RATES[2]) if how == "rate" else RATES
-    model, history = trained_together(loss=loss, rates=rates)
+    lrs = (LRS[0], 1e200, LRS[2]) if how == "rate" else LRS
+    model, history = train_batched(loss=loss, lrs=lrs)
     lost = [losses[1] for losses in history.losses]
     assert not all(torch.isfinite(torch.tensor(lost)))
     check(model, history, (0, 2))
-    if how == "nan":  # it rests where it was: a step more would have made it NaN
-        assert lost[:3] == pytest.approx(trained_alone(1)[1].losses[:3])
+    if how == "nan":  # it is no longer updated: a step more would have made it NaN
+        assert lost[:3] == pytest.approx(train_single(1)[1].losses[:3])
         assert all(torch.isfinite(p).all() for p in adapter_parameters(model, 1))
 
 
 def test_when_none_is_left_the_run_stops_and_says_what_each_ones_losses_were(tmp_path):
     def loss(model, t):
-        return side_by_side(model, t) * torch.tensor([float("inf") if t >= at else 1.0 for at in (2, 5, 3)])
+        return batched_loss(model, t) * torch.tensor([float("inf") if t >= at else 1.0 for at in (2, 5, 3)])
 
     with pytest.raises(Diverged, match="all 3 runs have diverged at step 5; lower the rate") as error:
-        trained_together(loss=loss, checkpoint_path=tmp_path / "run.pt")
+        train_batched(loss=loss, checkpoint_path=tmp_path / "run.pt")
     assert isinstance(error.value, FloatingPointError) and "after step 4" in str(error.value)
     curves = list(zip(*error.value.losses))
     assert [fault(enumerate(c)) for c in curves] == [f"the loss is inf at step {t}" for t in (2, 5, 3)]
     assert fault(enumerate(curves[0][:2])) is None
 
 
-def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tmp_path):
+def test_interrupted_training_resumes_bit_for_bit_and_a_diverged_run_is_still_not_updated(tmp_path):
     def loss(model, t):
-        return side_by_side(model, t) * torch.tensor([1.0, 1.0, float("nan") if t == 2 else 1.0])
+        return batched_loss(model, t) * torch.tensor([1.0, 1.0, float("nan") if t == 2 else 1.0])
 
     def interrupted(model, t):
         if t == 4:
@@ -384,21 +384,21 @@ def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tm
 
     configs = [config(e, lora_dropout=0.2) for e in range(3)]
     torch.manual_seed(5)
-    whole, expected = trained_together(together(configs), loss)
+    whole, expected = train_batched(batched_model(configs), loss)
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 5 of 9"):
-        trained_together(together(configs), interrupted, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
+        train_batched(batched_model(configs), interrupted, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
     torch.manual_seed(99)
-    model, history = trained_together(together(configs), loss, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
+    model, history = train_batched(batched_model(configs), loss, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
     assert history.resumed_at == 5 and str(history.losses) == str(expected.losses)
     for e in range(3):
         assert all(torch.equal(a, b) for a, b in zip(adapter_parameters(model, e), adapter_parameters(whole, e)))
 
 
-def test_a_checkpoint_of_the_same_adapters_at_other_rates_is_refused(tmp_path, refused):
+def test_a_checkpoint_of_the_same_adapters_at_other_learning_rates_is_refused(tmp_path, refused):
     file = tmp_path / "run.pt"
-    trained_together(checkpoint_path=file)
-    refused(lambda: trained_together(checkpoint_path=file, rates=RATES[::-1]), "of another run: ratios differ")
+    train_batched(checkpoint_path=file)
+    refused(lambda: train_batched(checkpoint_path=file, lrs=LRS[::-1]), "of another run: ratios differ")
 
 
 def test_the_bar_shows_the_best_loss_of_those_that_have_one():
@@ -419,9 +419,11 @@ class Pretended:
 
 
 def test_losses_that_are_not_one_for_each_group_in_one_process_are_refused(refused):
-    refused(lambda: trained_together(loss=lambda model, t: side_by_side(model, t)[:2]), "shape (2,)", "3 group(s)")
-    refused(lambda: train(alone(0), lambda model, t: model(randn(4, 6)).sum(1), 3, 0.1), "shape (4,)", "1 group(s)")
+    refused(lambda: train_batched(loss=lambda model, t: batched_loss(model, t)[:2]), "shape (2,)", "3 group(s)")
+    refused(
+        lambda: train(single_model(0), lambda model, t: model(randn(4, 6)).sum(1), 3, 0.1), "shape (4,)", "1 group(s)"
+    )
     for others in ({"num_processes": 2}, {"scaler": object()}):
-        refused(lambda: trained_together(accelerator=Pretended(**others)), "one process and bf16 or fp32")
-    model, history = trained_together(accelerator=Pretended())
+        refused(lambda: train_batched(accelerator=Pretended(**others)), "one process and bf16 or fp32")
+    model, history = train_batched(accelerator=Pretended())
     check(model, history)

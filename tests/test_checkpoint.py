@@ -268,6 +268,20 @@ def test_the_files_look_like_pefts(saved):
     assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "other").stat().st_mode}
 
 
+def test_an_adapter_of_an_older_version_is_read_and_saved_again_byte_for_byte(tmp_path):
+    """Written before the modules had their present names, with what the adapted model then computed."""
+    old = Path(__file__).parent / "data" / "before_the_rooms"
+    x, y = torch.load(old / "output.pt", weights_only=True).values()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
+    assert error(base(x), y) > 0.01  # the adapter does something
+    model = load_adapter(base, old).eval()
+    assert error(model(x), y) <= 1e-6  # another processor rounds in another order
+    save_adapter(model, tmp_path)
+    assert contents(tmp_path) == {name: (old / name).read_bytes() for name in (CONFIG, TENSORS)}
+
+
 # starts that change the base
 
 
@@ -802,8 +816,8 @@ def found(directory):
     return [(layer.lora_A[0, 0].item(), layer.scale) for layer in layers]
 
 
-def mended(directory, message):
-    """The directory after what the message says, which is to move files out of the folder that it names."""
+def restored(directory, message):
+    """The directory after doing what the message says, which is to move files out of the folder that it names."""
     (beside,) = [path for path in directory.iterdir() if f"adapter_* files of {path} to {directory}" in message]
     for path in beside.glob("adapter_*"):
         path.rename(directory / path.name)
@@ -840,9 +854,9 @@ def test_a_kill_at_any_moment_leaves_the_old_the_new_or_no_configuration_never_a
             with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
                 peft_load(plain(), directory)
             assert f"{directory / CONFIG} does not exist; a save still runs, or was cut short" in str(refusal)
-            mended(directory, str(refusal))
+            restored(directory, str(refusal))
             assert contents(directory) == pairs["new"]
-            seen.append("mended")
+            seen.append("restored")
         else:
             assert contents(directory) in pairs.values()
             seen.append("new" if contents(directory) == pairs["new"] else "old")
@@ -851,11 +865,13 @@ def test_a_kill_at_any_moment_leaves_the_old_the_new_or_no_configuration_never_a
             torch.testing.assert_close(read(x), truth(x))
         save_adapter(new, directory)
         assert sorted(path.name for path in directory.iterdir()) == [CONFIG, TENSORS]
-    assert [state for state, _ in itertools.groupby(seen)] == (["old", "mended", "new"] if options else ["old", "new"])
+    assert [state for state, _ in itertools.groupby(seen)] == (
+        ["old", "restored", "new"] if options else ["old", "new"]
+    )
     assert len(seen) == 7 + 2 * bool(options)
 
 
-def test_a_kill_during_the_first_save_is_mended_too_and_one_after_the_other(tmp_path):
+def test_a_kill_during_the_first_save_is_restored_too_and_one_after_the_other(tmp_path):
     """Of saves cut short, the folder of the one whose tensors are in place is named."""
     for value in (1.0, 2.0):
         assert killed(lambda: save_adapter(small(value, lora_alpha=value), tmp_path), at=5)
@@ -863,7 +879,7 @@ def test_a_kill_during_the_first_save_is_mended_too_and_one_after_the_other(tmp_
     assert killed(lambda: save_adapter(small(3.0), tmp_path), at=4)
     with pytest.raises(FileNotFoundError, match="cut short") as refusal:
         found(tmp_path)
-    assert found(mended(tmp_path, str(refusal.value))) == [(2.0, 0.5)] * 2
+    assert found(restored(tmp_path, str(refusal.value))) == [(2.0, 0.5)] * 2
     assert killed(lambda: save_adapter(small(3.0), tmp_path / "first"), at=2)
     refuses(tmp_path / "first", "name a directory", error=FileNotFoundError, base=plain())  # nothing is in place
 
@@ -887,7 +903,7 @@ def test_a_failed_rename_between_adapters_of_two_scales_loses_neither(done, tmp_
     else:
         with pytest.raises(FileNotFoundError, match="cut short") as refusal:
             found(tmp_path)
-        assert found(mended(tmp_path, str(refusal.value))) == [(2.0, 0.75)] * 2
+        assert found(restored(tmp_path, str(refusal.value))) == [(2.0, 0.75)] * 2
 
 
 def test_a_scale_edited_by_hand_counts(tmp_path):

@@ -142,9 +142,9 @@ def test_numbers_of_numpy_torch_and_fractions_are_written(tmp_path):
 def test_little_is_needed_to_read_and_what_has_no_effect_is_passed_over(saved):
     (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
     assert read_config(saved) == LoRAConfig(target_modules=["q_proj"])
-    inert = {"revision": "main", "task_type": "CAUSAL_LM", "peft_version": "9.9", "loftq_config": {"loftq_bits": 4}}
+    ignored = {"revision": "main", "task_type": "CAUSAL_LM", "peft_version": "9.9", "loftq_config": {"loftq_bits": 4}}
     off = {"use_dora": False, "lora_bias": False, "layers_to_transform": None, "rank_pattern": None, "of_2031": None}
-    (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]} | inert | off))
+    (saved / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]} | ignored | off))
     assert read_config(saved) == LoRAConfig(target_modules=["q_proj"])
 
 
