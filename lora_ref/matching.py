@@ -7,13 +7,13 @@ model.named_modules(), such as "model.layers.0.self_attn.q_proj".
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import nn
 
+from ._checks import check_regex, did_you_mean
 from .config import LoRAConfig
 from .layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 
@@ -139,7 +139,7 @@ def _check_patterns(config: LoRAConfig, targets: list[str]) -> None:
     """Refuse a key of rank_pattern or alpha_pattern that matches no target."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            _check_expression(key, f"{name} key", PATTERN)
+            check_regex(key, f"{name} key", PATTERN)
             if not any(_pattern_matches(key, path) for path in targets):
                 raise ValueError(f"{name} key {key!r} matches no adapted layer; they are {_first_few(targets)}")
 
@@ -149,7 +149,7 @@ def _matched(model: nn.Module, modules: dict[str, nn.Module], wanted: str | Coll
     if wanted == "all-linear":
         return _all_linear(model, modules)
     if isinstance(wanted, str):
-        _check_expression(wanted, field)
+        check_regex(wanted, field)
         found = [path for path in modules if re.fullmatch(wanted, path)]
         if not found:
             raise ValueError(f"{field} = {wanted!r} matches no path whole; {_near_match(wanted, modules)}")
@@ -176,22 +176,10 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_expression(expression: str, field: str, whole: str = "{}") -> None:
-    try:
-        re.compile(whole.format(expression))
-    except re.error as error:
-        raise ValueError(f"{field} {expression!r} is no regular expression: {error}") from None
-
-
 def _near_match(name: str, modules: dict[str, nn.Module]) -> str:
     """What to write instead of a name that no module has: a module's last name, near to this one's."""
-    known = dict.fromkeys(path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit())
-    return _did_you_mean(name.rpartition(".")[2], list(known))
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {_first_few(known)}"
+    last_names = [path.rpartition(".")[2] for path in modules]
+    return did_you_mean(name.rpartition(".")[2], [name for name in last_names if not name.isdigit()], listed=6)
 
 
 def _first_few(names: list[str]) -> str:

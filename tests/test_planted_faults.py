@@ -44,6 +44,8 @@ BETWEEN = """
     if training and dropout_p:
         return F.linear(x, weight, bias) + scale * F.linear(F.dropout(F.linear(x, A), dropout_p), B)
     p = 0.0"""
+DROPPED = "        if mode:\n            self.merged_weight = None"
+OWN_W0 = "self.weight = _parameter("
 ROUNDED = "W0, BA = self.weight, self.delta_weight().to(self.weight.dtype)"
 CONV1D = """        return W.T
 
@@ -120,8 +122,8 @@ FAULTS = {  # by the check that must find them
         Fault("s on one factor", "initialization", "root[:, None] * Vh[:r]", "s * root[:, None] * Vh[:r]"),
         Fault("nothing taken off", "initialization", "W.detach().to(A.dtype) - s * (B @ A)", "W.detach().clone()"),
         Fault("B·A taken off, not s·B·A", "initialization", "- s * (B @ A)", "- B @ A"),
-        Fault("shared W written", "lora_layer", "self.weight = _parameter(self.matrix_to_w", "self.weight.data.copy_(self.matrix_to_w"),
-        Fault("W0 not used", "lora_layer", "self.weight = _parameter(self.matrix_to_w", "_parameter(self.matrix_to_w"),
+        Fault("shared W written", "lora_layer", OWN_W0, "self.weight.data.copy_("),
+        Fault("W0 not used", "lora_layer", OWN_W0, "_parameter("),
     ],
     "only_the_factors_are_trained": [
         Fault("base trained", "lora_layer", "self.weight.requires_grad_(False)", "self.weight.requires_grad_(True)"),
@@ -138,7 +140,7 @@ FAULTS = {  # by the check that must find them
         Fault("added again", "lora_layer", "(x, self.merged_weight)", "(x, self.merged_weight + self.delta_weight())"),
     ],
     "the_merge_follows_train_state_and_steps": [
-        Fault("train() leaves it", "lora_layer", "        if mode:\n            self.merged_weight = None", "        pass"),
+        Fault("train() leaves it", "lora_layer", DROPPED, "        pass"),
         Fault("eval() merges", "lora_layer", "super().train(mode)", "super().train(mode or bool(self._form()))"),
         Fault("in the state dict", "lora_layer", "None, persistent=False)", "None, persistent=True)"),
         Fault("stale", "lora_layer", "if self._versions != self._current():", "if False:"),
