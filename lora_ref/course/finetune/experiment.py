@@ -2,19 +2,17 @@
 
     python -m lora_ref.course.finetune --profile cpu-mini --output DIR
 
-The profile is a row of lora_ref.course.finetune.profiles, and every field of it an option; `accelerate launch -m
-lora_ref.course.finetune …` runs it in several processes. DIR ends with record.json (see lora_ref.course.finetune.records), the
-adapters in PEFT's format and the log; a model that was tuned in full is judged, and not kept. Interrupted or killed,
-the same command goes on where it was.
+The profile is a row of lora_ref.course.finetune.profiles, and every setting of it an option; `accelerate launch -m
+lora_ref.course.finetune …` runs it in several processes. DIR ends with record.json (see
+lora_ref.course.finetune.records), the adapters in PEFT's format and the log; a model that was tuned in full is
+evaluated, and not saved. After an interruption the same command resumes the run.
 
-For each arm (full, or a rank) the learning rate is chosen on validation examples: see lora_ref.course.finetune.search. With
---together E the search trains up to E adapters at once on one frozen base: see lora_ref.batched.
+For each arm (full, or a rank) the learning rate is chosen on validation examples: see lora_ref.course.finetune.search.
+With --parallel-adapters E the search trains up to E adapters at the same time on one frozen base: see lora_ref.batched.
 """
 
-import io
 import math
 import os
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,15 +27,15 @@ from ...checkpoint import save_adapter
 from ...config import LoRAConfig
 from ...model import count_parameters, merge
 from ..training import History, train
-from ..training.errors import out_of_memory, process_lost, reason
 from ..training.history import Diverged, fault
 from .base_model import check_packages, make_base, new_model
+from .config import Profile
 from .hub import load_model, load_tokenizer
 from .preparation import accelerator_for, adapted, check_model, lora_config
-from .profiles import Profile, arguments, profile
+from .profiles import profile
 from .records import FORMAT, load_record, write_record
 from .report import shown_samples, summary, table, training
-from .run_directory import NOTHING_DONE, Workplace
+from .run_directory import Workplace
 from .search import Trial, best, following, name_of
 from .tasks import Task, make_task
 
@@ -52,17 +50,17 @@ def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progres
     be had. Later, with the checkpoint kept: MemoryError, KeyboardInterrupt, FloatingPointError when all rates of an arm
     diverge.
     """
-    p = profile(name, **overrides)
-    place = Workplace(output, name, asdict(p), first=int(os.environ.get("RANK", 0)) == 0)
+    settings = profile(name, **overrides)
+    place = Workplace(output, name, settings.model_dump(mode="json"), first=int(os.environ.get("RANK", 0)) == 0)
     if (place.directory / "record.json").exists():
         record = load_record(place.directory / "record.json")
         if place.first:
             print(f"{place.directory} has this run, done:\n\n{table(record)}")
         return record
     threads = torch.get_num_threads()
-    torch.set_num_threads(p.threads or threads)
+    torch.set_num_threads(settings.system.threads or threads)
     try:
-        return Finetuning(name, p, place, progress).run()
+        return Finetuning(name, settings, place, progress).run()
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(str(error) or place.interrupted()) from None
     finally:
@@ -72,47 +70,51 @@ def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progres
 class Finetuning:
     """One run of one profile: what is checked before it, and its parts."""
 
-    def __init__(self, name: str, p: Profile, place: Workplace, progress: bool):
-        self.name, self.p, self.place, self.progress = name, p, place, progress
+    def __init__(self, name: str, profile: Profile, place: Workplace, progress: bool):
+        self.name, self.profile, self.place, self.progress = name, profile, place, progress
         self.load = machine.load()
-        self.accelerator = accelerator_for(p)
+        self.accelerator = accelerator_for(profile.system)
         self.processes = self.accelerator.num_processes
-        self.new = p.model == "new"
-        self.source = str((place.directory / "base").resolve()) if self.new else p.model  # adapters name it
-        if p.batch % (self.processes * p.accumulate):
+        self.new = profile.base.model == "new"
+        self.source = str((place.directory / "base").resolve()) if self.new else profile.base.model  # adapters name it
+        optimisation = profile.optimisation
+        parts = self.processes * optimisation.gradient_accumulation_steps
+        if optimisation.batch_size % parts:
             raise ValueError(
-                f"batch = {p.batch} is no multiple of {self.processes} process(es) × accumulate = {p.accumulate}; "
-                f"each must have as many examples: choose a batch such as {self.processes * p.accumulate * 4}"
+                f"batch_size = {optimisation.batch_size} is no multiple of {self.processes} process(es) × "
+                f"gradient_accumulation_steps = {optimisation.gradient_accumulation_steps}; each must have as many "
+                f"examples: choose a batch_size such as {parts * 4}"
             )
-        if p.together > 1 and self.processes > 1:
+        if optimisation.parallel_adapters > 1 and self.processes > 1:
             raise ValueError(
-                f"together = {p.together}, but adapters at once share one process, and there are {self.processes}; add "
-                "--together 1"
+                f"parallel_adapters = {optimisation.parallel_adapters}, but parallel adapters share one process, and "
+                f"there are {self.processes}; add --parallel-adapters 1"
             )
         if self.new:
-            check_packages(p)
-        self.tokenizer = load_tokenizer("prose_llama" if self.new else p.model)
-        self.task: Task = make_task(self.tokenizer, p)
-        self.task.plan(p.seeds[0])
-        model = new_model(p, "meta") if self.new else self.base(p.seeds[0])
-        check_model(model, self.tokenizer, self.task, p)
+            check_packages(profile.base)
+        self.tokenizer = load_tokenizer("prose_llama" if self.new else profile.base.model)
+        self.task: Task = make_task(self.tokenizer, profile)
+        self.task.plan(optimisation.seeds[0])
+        model = new_model(profile.base, "meta") if self.new else self.base(optimisation.seeds[0])
+        check_model(model, self.tokenizer, self.task, profile)
 
     def base(self, seed: int) -> nn.Module:
         """The base model, fresh."""
         labels = getattr(self.task, "labels", None)
-        return load_model(self.source, self.p.task, labels, seed)
+        return load_model(self.source, self.profile.data.task, labels, seed)
 
     def run(self) -> dict:
         """All of it; the record."""
-        p, place = self.p, self.place
+        profile, place = self.profile, self.place
         self.accelerator.wait_for_everyone()  # every process has looked at the directory
         place.begin()
         self.accelerator.wait_for_everyone()
-        place.say(f"{self.name}: {p.model} on {p.data}, {self.accelerator.device}, {self.processes} process(es)")
+        where = f"{self.accelerator.device}, {self.processes} process(es)"
+        place.say(f"{self.name}: {profile.base.model} on {profile.data.dataset}, {where}")
         if self.task.dropped:
-            place.say(f"{self.task.dropped} examples of more than {p.length} tokens are left out")
+            place.say(f"{self.task.dropped} examples of more than {profile.data.max_length} tokens are left out")
         try:
-            bits = make_base(p, place, self.accelerator, self.progress) if self.new else None
+            bits = make_base(profile.base, place, self.accelerator, self.progress) if self.new else None
             runs, diverged = self.searched()
         finally:
             place.stamp()
@@ -120,10 +122,10 @@ class Finetuning:
             "format": FORMAT,
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "profile": self.name,
-            "settings": asdict(p),
+            "settings": profile.model_dump(mode="json"),
             "environment": machine.environment(self.accelerator.device, self.processes, self.load),
-            "model": p.model,
-            "data": p.data,
+            "model": profile.base.model,
+            "data": profile.data.dataset,
             "examples": self.task.counts,
             "slot_rule": self.task.slot_rule,
             "base_bits_per_byte": bits,
@@ -140,13 +142,13 @@ class Finetuning:
 
     def searched(self) -> tuple[list[dict], list[dict]]:
         """(the runs, those that diverged), arm by arm: the search, then the other seeds."""
-        p, done, known = self.p, {}, {}
-        while groups := following(p, known):
+        optimisation, done, known = self.profile.optimisation, {}, {}
+        while groups := following(optimisation, known):
             for trials in groups:
                 done |= zip(trials, self.done(trials))
                 known = {trial: run.get("validation", math.inf) for trial, run in done.items()}
-        chosen = {arm: best(p, arm, known) for arm in p.arms}
-        ordered = sorted(done, key=lambda trial: p.arms.index(trial.arm))
+        chosen = {arm: best(optimisation, arm, known) for arm in optimisation.arms}
+        ordered = sorted(done, key=lambda trial: optimisation.arms.index(trial.arm))
         runs = [done[t] | {"chosen": t.rate == chosen[t.arm]} for t in ordered if "reason" not in done[t]]
         return runs, [done[trial] for trial in ordered if "reason" in done[trial]]
 
@@ -155,16 +157,16 @@ class Finetuning:
 
         Done before, they are read; begun before, they are gone on with.
         """
-        p, names, name = self.p, [name_of([trial]) for trial in trials], name_of(trials)
+        profile, names, name = self.profile, [name_of([trial]) for trial in trials], name_of(trials)
         known = [self.place.read(own) for own in names]
         if None not in known:
             self.place.drop(name)
             return known
         seed, several = trials[0].seed, len(trials) > 1
         before = self.before(seed)
-        accelerator = self.accelerator = accelerator_for(p)
-        configs = [lora_config(trial.arm, p, self.task) for trial in trials]
-        model = adapted(self.base(seed), configs if several else configs[0], p, seed)
+        accelerator = self.accelerator = accelerator_for(profile.system)
+        configs = [lora_config(trial.arm, profile.adapter, self.task) for trial in trials]
+        model = adapted(self.base(seed), configs if several else configs[0], profile.system, seed)
         torch.manual_seed(1009 * seed + accelerator.process_index)
         plan, meter = self.task.plan(seed), machine.Energy(accelerator.device)
         try:
@@ -197,13 +199,13 @@ class Finetuning:
     def outcome(self, model: nn.Module, config: LoRAConfig | None, trial: Trial, told: dict, before: tuple) -> dict:
         """What the record says of one training: its model is judged, its adapter saved."""
         count = count_parameters(model)
-        if config is not None and self.p.frozen == "fp32":
+        if config is not None and self.profile.system.frozen_dtype == "fp32":
             merge(model)
         measures, answers = self.task.judge(model.eval())
         directory = None if config is None else f"adapters/{name_of([trial])}"
         if config is not None and self.place.first:
             save_adapter(model, self.place.directory / directory)
-        asked = self.task.asked()[: self.p.samples]
+        asked = self.task.asked()[: self.profile.data.num_samples]
         return {
             "arm": trial.arm,
             "adapter": None if config is None else asdict(config),
@@ -222,7 +224,7 @@ class Finetuning:
         }
 
     def train(self, model: nn.Module, trials: list[Trial], plan: list[list[int]], accelerator, name: str) -> History:
-        p, n, rate, groups = self.p, len(trials), trials[0].rate, None
+        optimisation, n, rate, groups = self.profile.optimisation, len(trials), trials[0].rate, None
 
         def score(model: nn.Module) -> float:
             return self.task.held_out(model, "validation")
@@ -233,27 +235,32 @@ class Finetuning:
             return train(
                 model,
                 self.task.loss(plan, accelerator.process_index, self.processes, n),
-                p.steps,
+                optimisation.steps,
                 rate,
                 param_groups=groups,
-                warmup_steps=p.warmup_steps,
-                weight_decay=p.weight_decay,
-                max_grad_norm=p.clip,
+                warmup_steps=optimisation.warmup_steps,
+                weight_decay=optimisation.weight_decay,
+                max_grad_norm=optimisation.max_grad_norm,
                 evaluate=score if n == 1 else lambda model: for_each_adapter(model, score),
-                eval_steps=max(1, p.steps // p.evaluations),
+                eval_steps=max(1, optimisation.steps // optimisation.num_evals),
                 checkpoint_path=self.place.checkpoint(name),
                 tokens_per_step=n * sum(map(self.task.tokens, plan)) // len(plan),
                 progress=self.progress,
                 accelerator=accelerator,
-                gradient_accumulation_steps=p.accumulate,
+                gradient_accumulation_steps=optimisation.gradient_accumulation_steps,
                 memory_step=self.probe(plan),
             )
         except MemoryError as error:
-            fewer = f" or --together {n // 2} (now {p.together})" if n > 1 else ""
+            parts, checkpointing = (
+                optimisation.gradient_accumulation_steps,
+                self.profile.system.gradient_checkpointing,
+            )
+            fewer = f" or --parallel-adapters {n // 2} (now {optimisation.parallel_adapters})" if n > 1 else ""
             raise MemoryError(
-                f"{error}. The same command goes on from there with --accumulate {2 * p.accumulate} (now "
-                f"{p.accumulate}) or --checkpointing true (now {str(p.checkpointing).lower()}){fewer}, which change no "
-                f"result; or begin anew, into another output, with a lower --batch ({p.batch}) or --length ({p.length})"
+                f"{error}. The same command resumes from there with --gradient-accumulation-steps {2 * parts} (now "
+                f"{parts}) or --gradient-checkpointing true (now {str(checkpointing).lower()}){fewer}, which change no "
+                f"result; or start again, into another output, with a lower --batch-size ({optimisation.batch_size}) "
+                f"or --max-length ({self.profile.data.max_length})"
             ) from None
 
     def probe(self, plan: list[list[int]]) -> int | None:
@@ -265,60 +272,23 @@ class Finetuning:
 
     def before(self, seed: int) -> tuple[dict, list[str]]:
         """What the base scores and answers. A new classifier's head depends on the seed, a language model does not."""
-        name = f"before-seed{seed}" if self.p.task == "classification" else "before"
+        name = f"before-seed{seed}" if self.profile.data.task == "classification" else "before"
         known = self.place.read(name)
         if known is None:
             measures, texts = self.task.judge(self.prepared(self.base(seed)))
-            self.place.write(name, {"measures": measures, "texts": texts[: self.p.samples]})
+            self.place.write(name, {"measures": measures, "texts": texts[: self.profile.data.num_samples]})
             self.accelerator.wait_for_everyone()
             known = self.place.read(name)
         return known["measures"], known["texts"]
 
     def gathered(self, config: LoRAConfig | None, seed: int, name: str) -> nn.Module:
         """The trained model whole in every process, from the checkpoint: after FSDP each has a share only."""
-        model = adapted(self.base(seed), config, self.p, seed)
+        model = adapted(self.base(seed), config, self.profile.system, seed)
         saved = torch.load(self.place.checkpoint(name), map_location="cpu", weights_only=True)["model"]
         model.load_state_dict(saved, strict=False)
         return self.prepared(model)
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model where and as it is run, for evaluation alone."""
-        accelerator = accelerator_for(self.p)
+        accelerator = accelerator_for(self.profile.system)
         return accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True).eval()
-
-
-def main(argv: list[str] | None = None) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what is written to a file or a pipe may not know α or half a letter
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        args, overrides = arguments(argv, __doc__.splitlines()[0])
-        finetune(args.profile, args.output, progress=not args.quiet, **overrides)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, FloatingPointError) as error:
-        print(f"error: process {rank}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        if rank == 0:
-            print(f"\n{str(error) or NOTHING_DONE}", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        said = str(error)
-        if out_of_memory(error):  # in training it is a MemoryError
-            said = f"out of memory while evaluating ({reason(error)}); lower --length or --new-tokens, in a new output"
-        elif process_lost(error) and "another process" not in said:
-            said = f"another process of this run has died ({reason(error)}); the same command goes on"
-        elif "another process" not in said:
-            raise
-        print(f"error: process {rank}: {said}", file=sys.stderr)
-        return 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

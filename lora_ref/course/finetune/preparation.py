@@ -10,19 +10,19 @@ from ...config import LoRAConfig
 from ...matching import plan_lora
 from ...model import add_lora
 from ...peft_format import CLASSIFIER_HEADS
-from .profiles import Profile
+from .config import AdapterSettings, Profile, SystemSettings
 from .tasks import Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def accelerator_for(p: Profile):
+def accelerator_for(system: SystemSettings):
     """An Accelerator for the profile's device and precision, in the launcher's processes or this one.
 
     "cuda" is any GPU: under `accelerate launch` each process takes its own. Errors: ValueError for "cuda" where there
     is none, and for fp16 on a CPU.
     """
-    if p.device == "cuda" and not torch.cuda.is_available():
+    if system.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device = 'cuda', but torch sees no GPU. --profile cpu-mini is made for a CPU; --device cpu runs this one "
             "there all the same, which may take days"
@@ -33,27 +33,29 @@ def accelerator_for(p: Profile):
     launched = "WORLD_SIZE" in os.environ
     if AcceleratorState._shared_state or PartialState._shared_state:  # one run after another, with other settings
         AcceleratorState._reset_state(reset_partial_state=not launched)
-    cpu = p.device == "cpu"
-    if p.precision == "fp16" and (cpu or not torch.cuda.is_available()):
+    cpu = system.device == "cpu"
+    if system.precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise ValueError("precision = 'fp16' needs a GPU; choose 'bf16' or 'fp32'")
-    return Accelerator(cpu=cpu, mixed_precision="no" if p.precision == "fp32" else p.precision)
+    return Accelerator(cpu=cpu, mixed_precision="no" if system.precision == "fp32" else system.precision)
 
 
-def lora_config(arm: str, p: Profile, task: Task) -> LoRAConfig | None:
+def lora_config(arm: str, adapter: AdapterSettings, task: Task) -> LoRAConfig | None:
     """The arm's adapter; None for full fine-tuning."""
     if arm == "full":
         return None
     return LoRAConfig(
         r=int(arm.removeprefix("r=")),
-        lora_alpha=p.lora_alpha,
-        target_modules="all-linear" if p.target_modules == ("all-linear",) else list(p.target_modules),
-        lora_dropout=p.lora_dropout,
-        use_rslora=p.use_rslora,
+        lora_alpha=adapter.lora_alpha,
+        target_modules="all-linear" if adapter.target_modules == ("all-linear",) else list(adapter.target_modules),
+        lora_dropout=adapter.lora_dropout,
+        use_rslora=adapter.use_rslora,
         modules_to_save=getattr(task, "head", None),
     )
 
 
-def adapted(model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, p: Profile, seed: int) -> nn.Module:
+def adapted(
+    model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, system: SystemSettings, seed: int
+) -> nn.Module:
     """The model as it is trained: adapted (its frozen weights in the profile's type) or whole, checkpointing or not.
 
     A list of configs makes adapters side by side, each of which begins as it does alone.
@@ -62,7 +64,7 @@ def adapted(model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, p: P
         model.requires_grad_(True)
     else:
         for parameter in model.parameters():  # not the buffers: 16 bits would spoil the positions' frequencies
-            parameter.data = parameter.data.to(DTYPES[p.frozen])
+            parameter.data = parameter.data.to(DTYPES[system.frozen_dtype])
         if isinstance(config, list):
             add_batched_lora(model, config, [torch.Generator().manual_seed(seed) for _ in config])
         else:
@@ -70,7 +72,7 @@ def adapted(model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, p: P
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    if p.checkpointing:
+    if system.gradient_checkpointing:
         if hasattr(model, "activation_checkpointing_enable"):  # transformers 5's name for it
             model.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -78,9 +80,10 @@ def adapted(model: nn.Module, config: LoRAConfig | list[LoRAConfig] | None, p: P
     return model
 
 
-def check_model(model: nn.Module, tokenizer, task: Task, p: Profile) -> None:
+def check_model(model: nn.Module, tokenizer, task: Task, profile: Profile) -> None:
     """Refuse what would fail later. Errors: ValueError for a tokeniser with more tokens than the model has, examples
     longer than it can read, targets that it lacks, checkpointing that it cannot do."""
+    adapters, system = profile.optimisation.parallel_adapters, profile.system
     rows, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if tokens > rows:
         raise ValueError(
@@ -90,31 +93,38 @@ def check_model(model: nn.Module, tokenizer, task: Task, p: Profile) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None:
         positions -= model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
-        wanted = {"length": p.length}
-        if p.task == "data-to-text":
-            wanted["new_tokens and the longest prompt"] = task.longest()
+        wanted = {"max_length": profile.data.max_length}
+        if profile.data.task == "data-to-text":
+            wanted["max_new_tokens and the longest prompt"] = task.longest()
         for name, value in wanted.items():
             if value > positions:
-                raise ValueError(f"{name} = {value} tokens, but {p.model} reads at most {positions}; lower it")
-    if p.task == "classification":
+                raise ValueError(
+                    f"{name} = {value} tokens, but {profile.base.model} reads at most {positions}; lower it"
+                )
+    if profile.data.task == "classification":
         task.types = getattr(model.config, "type_vocab_size", 1) > 1
         task.head = [name for name in CLASSIFIER_HEADS if hasattr(model, name)]
         if not task.head:
             raise ValueError(f"{type(model).__name__} has no head named {' or '.join(CLASSIFIER_HEADS)} to train")
-        if p.frozen != "fp32" and p.precision == "fp32":
-            raise ValueError(f"frozen = {p.frozen!r} needs precision = {p.frozen!r} in a classifier, got 'fp32'")
-    for arm in p.arms:
-        config = lora_config(arm, p, task)
+        if system.frozen_dtype != "fp32" and system.precision == "fp32":
+            raise ValueError(
+                f"frozen_dtype = {system.frozen_dtype!r} needs precision = {system.frozen_dtype!r} in a classifier, "
+                "got 'fp32'"
+            )
+    for arm in profile.optimisation.arms:
+        config = lora_config(arm, profile.adapter, task)
         if config is not None:
             for path, own in plan_lora(model, config).layers.items():
                 layer = model.get_submodule(path)
                 smallest = min(layer.weight.shape)
                 if own.r > smallest:
                     raise ValueError(f"arms has {arm!r}, but {path} has rank {smallest} at most; lower it")
-                if p.together > 1 and not isinstance(layer, nn.Linear):
+                if adapters > 1 and not isinstance(layer, nn.Linear):
                     raise ValueError(
-                        f"together = {p.together}, but {path} is a {type(layer).__name__}, and adapters at once are "
-                        "for nn.Linear; choose together = 1"
+                        f"parallel_adapters = {adapters}, but {path} is a {type(layer).__name__}, and parallel "
+                        "adapters are for nn.Linear; choose parallel_adapters = 1"
                     )
-    if p.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(model).__name__} supports no gradient checkpointing; leave checkpointing false")
+    if system.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(model).__name__} supports no gradient checkpointing; leave gradient_checkpointing false"
+        )

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 from ..._files import write_json
+from .settings import flatten
 
-# what may change when a run goes on: the result is the same
-FREE = ("accumulate", "checkpointing", "device", "threads", "together")
+# Settings that may change when a run is resumed: the result is the same.
+FREE = ("device", "gradient_accumulation_steps", "gradient_checkpointing", "parallel_adapters", "threads")
 NOTHING_DONE = "interrupted before the first step; nothing is lost, and the same command begins anew"
 
 
@@ -40,10 +41,10 @@ class Workplace:
             raise ValueError(f"output {self.directory} is not empty and holds no run of this command; name another one")
         try:
             other = json.loads(file.read_text(encoding="utf-8"))
-            theirs = other["settings"] | {"profile": other["profile"]}
-        except (ValueError, KeyError, TypeError):
+            theirs = flatten(other["settings"]) | {"profile": other["profile"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{file} is no run's description; name another output") from None
-        ours = self.own["settings"] | {"profile": self.own["profile"]}
+        ours = flatten(self.own["settings"]) | {"profile": self.own["profile"]}
         differ = [key for key in sorted(ours | theirs) if key not in FREE and ours.get(key) != theirs.get(key)]
         if differ:
             said = "; ".join(f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differ)

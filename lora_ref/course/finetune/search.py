@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import NamedTuple
 
-from .profiles import Profile
+from .config import OptimisationSettings
 
 FURTHER = 4  # rates beyond the list, at most
 
@@ -32,38 +32,46 @@ def name_of(trials: list[Trial]) -> str:
     return f"{names[0]}-and-{len(names) - 1}-more-{exact[:12]}"
 
 
-def following(p: Profile, known: dict[Trial, float]) -> list[list[Trial]]:
+def following(optimisation: OptimisationSettings, known: dict[Trial, float]) -> list[list[Trial]]:
     """The trainings to do next, in groups that train at once; none when all is done.
 
     `known` has the validation loss of each training so far, in their order, infinity where it diverged. One round is
-    all rates that are wanted now: those of full fine-tuning one by one, LoRA's in groups of at most p.together. After
-    the last round come the other seeds, one by one: so there are runs whose speed and memory are one run's.
+    all rates that are wanted now: those of full fine-tuning one by one, LoRA's in groups of at most parallel_adapters.
+    After the last round come the other seeds, one by one: so there are runs whose speed and memory are one run's.
     Errors: FloatingPointError for an arm that diverged at every rate.
     """
-    wanted = [Trial(arm, p.seeds[0], rate) for arm in p.arms for rate in _wanted(p, arm, _tried(p, arm, known))]
+    wanted = [
+        Trial(arm, optimisation.seeds[0], rate)
+        for arm in optimisation.arms
+        for rate in _wanted(optimisation, arm, _tried(optimisation, arm, known))
+    ]
     if wanted:
         lora = [trial for trial in wanted if trial.arm != "full"]
-        groups = [lora[i : i + p.together] for i in range(0, len(lora), p.together)]
+        groups = [
+            lora[i : i + optimisation.parallel_adapters] for i in range(0, len(lora), optimisation.parallel_adapters)
+        ]
         groups += [[trial] for trial in wanted if trial.arm == "full"]
-        return sorted(groups, key=lambda group: p.arms.index(group[0].arm))
-    others = [Trial(arm, seed, best(p, arm, known)) for arm in p.arms for seed in p.seeds[1:]]
+        return sorted(groups, key=lambda group: optimisation.arms.index(group[0].arm))
+    others = [
+        Trial(arm, seed, best(optimisation, arm, known)) for arm in optimisation.arms for seed in optimisation.seeds[1:]
+    ]
     return [[trial] for trial in others if trial not in known]
 
 
-def best(p: Profile, arm: str, known: dict[Trial, float]) -> float:
+def best(optimisation: OptimisationSettings, arm: str, known: dict[Trial, float]) -> float:
     """The rate of the arm with the lowest validation loss, the first one of equals."""
-    tried = _tried(p, arm, known)
+    tried = _tried(optimisation, arm, known)
     return min(tried, key=tried.get)
 
 
-def _tried(p: Profile, arm: str, known: dict[Trial, float]) -> dict[float, float]:
-    return {trial.rate: loss for trial, loss in known.items() if trial[:2] == (arm, p.seeds[0])}
+def _tried(optimisation: OptimisationSettings, arm: str, known: dict[Trial, float]) -> dict[float, float]:
+    return {trial.rate: loss for trial, loss in known.items() if trial[:2] == (arm, optimisation.seeds[0])}
 
 
-def _wanted(p: Profile, arm: str, tried: dict[float, float]) -> list[float]:
+def _wanted(optimisation: OptimisationSettings, arm: str, tried: dict[float, float]) -> list[float]:
     """The rates of the profile that were not tried; after them, where the best one is at an end, one beyond it."""
-    name = "full_rates" if arm == "full" else "lora_rates"
-    rates = sorted(getattr(p, name))
+    name = "full_lrs" if arm == "full" else "lora_lrs"
+    rates = sorted(getattr(optimisation, name))
     if missing := [rate for rate in rates if rate not in tried]:
         return missing
     found, ordered = min(tried, key=tried.get), sorted(tried)

@@ -9,16 +9,18 @@ import importlib.util
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from ..text.data_to_text import batches, collate, encode, held_out_loss, prompt, summed_loss
 from ..text.evaluation import bleu, generate_texts
 from ..text.grammar import DOMAINS, Example, examples, slot_error_rate
-from .profiles import Profile, near
+from .config import DataSettings, Profile
+from .settings import did_you_mean
 from .tables import load_tables, three_parts
 
 RECORD, TEXT = ("meaning_representation", "mr"), ("human_reference", "ref")  # E2E's columns, and its files'
@@ -35,23 +37,24 @@ class LabelRow(NamedTuple):
 
 
 class Task:
-    """The common part. `rows` are token ids by part; `dropped` says how many were longer than the profile's length."""
+    """The common part. `rows` are token ids by part; `dropped` is how many examples were longer than max_length."""
 
     unit = ""
     slot_rule: str | None = None
 
-    def __init__(self, tokenizer, p: Profile, counts: dict[str, int]):
-        self.tokenizer, self.p, self.counts = tokenizer, p, counts
+    def __init__(self, tokenizer, profile: Profile, counts: dict[str, int]):
+        self.tokenizer, self.profile, self.counts = tokenizer, profile, counts
         self.rows: dict[str, list] = {}
         self.dropped = 0
 
     def keep(self, part: str, rows: list) -> None:
         """Keep the rows of a part that are not too long. Errors: ValueError where none is left."""
-        short = [row for row in rows if len(row.ids) <= self.p.length]
+        short = [row for row in rows if len(row.ids) <= self.profile.data.max_length]
         if not short:
             raise ValueError(
-                f"all {len(rows)} examples of the {part} part are longer than length = {self.p.length} tokens "
-                f"(the shortest has {min(len(row.ids) for row in rows)}); raise length"
+                f"all {len(rows)} examples of the {part} part are longer than max_length = "
+                f"{self.profile.data.max_length} tokens (the shortest has {min(len(row.ids) for row in rows)}); raise "
+                "max_length"
             )
         self.dropped += len(rows) - len(short)
         self.rows[part] = short
@@ -66,11 +69,10 @@ class Task:
 
     def plan(self, seed: int) -> list[list[int]]:
         """For every step, which training rows."""
-        if self.p.batch > len(self.rows["train"]):
-            raise ValueError(
-                f"batch = {self.p.batch}, but there are {len(self.rows['train'])} examples to train on; lower it"
-            )
-        return batches(self.rows["train"], self.p.batch, self.p.steps, seed)
+        size, found = self.profile.optimisation.batch_size, len(self.rows["train"])
+        if size > found:
+            raise ValueError(f"batch_size = {size}, but there are {found} examples to train on; lower it")
+        return batches(self.rows["train"], size, self.profile.optimisation.steps, seed)
 
     def loss(self, plan: list[list[int]], process: int = 0, processes: int = 1, copies: int = 1) -> Callable:
         """loss(model, t, part): this process's and this part's share of the mean loss of step t; with copies > 1 one
@@ -80,7 +82,8 @@ class Task:
 
         so that the shares of all processes and parts add up to the mean over tokens, however they are dealt out.
         """
-        every, more = processes * self.p.accumulate, (copies,) if copies > 1 else ()
+        every = processes * self.profile.optimisation.gradient_accumulation_steps
+        more = (copies,) if copies > 1 else ()
 
         def loss(model: nn.Module, t: int, part: int = 0) -> Tensor:
             chosen = [self.rows["train"][i] for i in plan[t]]
@@ -110,18 +113,19 @@ class TextTask(Task):
 
     unit = "nats a token"
 
-    def __init__(self, tokenizer, p: Profile):
+    def __init__(self, tokenizer, profile: Profile):
+        data = profile.data
         if importlib.util.find_spec("sacrebleu") is None:
             raise ImportError("BLEU needs the library sacrebleu: pip install sacrebleu")
-        own = p.data in DOMAINS
-        self.parts = _from_grammar(p) if own else _from_tables(p)
-        super().__init__(tokenizer, p, {part: len(found) for part, found in self.parts.items()})
+        own = data.dataset in DOMAINS
+        self.parts = _from_grammar(data) if own else _from_tables(data)
+        super().__init__(tokenizer, profile, {part: len(found) for part, found in self.parts.items()})
         self.slot_rule = "grammar" if own else "verbatim"
         for part, found in self.parts.items():
             if own:  # four texts to a record: the first is learnt or scored, all are references
                 found = [replace(example, texts=example.texts[:1]) for example in found]
             self.keep(part, encode(tokenizer, found))
-        self.rows["train"] = self.rows["train"][: p.train]
+        self.rows["train"] = self.rows["train"][: data.max_train_samples]
         self.counts["train"] = len(self.rows["train"])
 
     def total(self, model, rows, copies=1):
@@ -135,7 +139,7 @@ class TextTask(Task):
 
     def judge(self, model):
         found = self.parts["test"]
-        texts = generate_texts(model, self.tokenizer, found, max_new_tokens=self.p.new_tokens)
+        texts = generate_texts(model, self.tokenizer, found, max_new_tokens=self.profile.data.max_new_tokens)
         score = bleu(texts, [example.texts for example in found])
         rate = (slot_error_rate if self.slot_rule == "grammar" else verbatim_slot_errors)(list(zip(found, texts)))
         measures = {"loss": self.held_out(model, "test"), "bleu": score, "slot_errors": rate}
@@ -147,7 +151,7 @@ class TextTask(Task):
     def longest(self) -> int:
         """Tokens of the longest test prompt with all that may be written after it."""
         prompts = self.tokenizer([prompt(e) for e in self.parts["test"]], add_special_tokens=False)["input_ids"]
-        return max(map(len, prompts)) + self.p.new_tokens
+        return max(map(len, prompts)) + self.profile.data.max_new_tokens
 
 
 class LabelTask(Task):
@@ -160,18 +164,19 @@ class LabelTask(Task):
     head: list[str] | None = None
     types = False
 
-    def __init__(self, tokenizer, p: Profile):
-        parts, self.columns = _labelled(p)
-        super().__init__(tokenizer, p, {part: len(rows) for part, rows in parts.items()})
+    def __init__(self, tokenizer, profile: Profile):
+        data = profile.data
+        parts, self.columns = _labelled(data)
+        super().__init__(tokenizer, profile, {part: len(rows) for part, rows in parts.items()})
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokeniser has no padding token; set tokenizer.pad_token and save it again")
         self.labels = 1 + max(int(row["label"]) for rows in parts.values() for row in rows)
         if self.labels < 2:
-            raise ValueError(f"{p.data} has the label 0 alone; there is nothing to tell apart")
+            raise ValueError(f"{data.dataset} has the label 0 alone; there is nothing to tell apart")
         self.test = parts["test"]
         for part, rows in parts.items():
             found = tokenizer(
-                *([row[name] for row in rows] for name in self.columns), truncation=True, max_length=p.length
+                *([row[name] for row in rows] for name in self.columns), truncation=True, max_length=data.max_length
             )
             types = found.get("token_type_ids") or [None] * len(rows)
             self.keep(part, [LabelRow(*row) for row in zip(found["input_ids"], types, (int(r["label"]) for r in rows))])
@@ -213,22 +218,16 @@ class LabelTask(Task):
         labels = [row.label for row in self.rows["test"]]
         measures = {"loss": loss, "bleu": None, "slot_errors": None}
         measures["accuracy"] = sum(a == b for a, b in zip(guesses, labels)) / len(labels)
-        measures["f1"] = f1(guesses, labels) if self.labels == 2 else None
+        measures["f1"] = float(f1_score(labels, guesses, zero_division=0.0)) if self.labels == 2 else None
         return measures, [str(guess) for guess in guesses]
 
     def asked(self):
         return [(" | ".join(row[name] for name in self.columns), row["label"]) for row in self.test]
 
 
-def make_task(tokenizer, p: Profile) -> Task:
+def make_task(tokenizer, profile: Profile) -> Task:
     """The profile's task on its data. Errors: ValueError and those of load_tables, before any training."""
-    return (TextTask if p.task == "data-to-text" else LabelTask)(tokenizer, p)
-
-
-def f1(guesses: Sequence[int], labels: Sequence[int]) -> float:
-    """2·hits / (guessed + there), for label 1; 0 where there is no 1 at all."""
-    hits = sum(a == b == 1 for a, b in zip(guesses, labels))
-    return 2 * hits / max(1, sum(guesses) + sum(labels))
+    return (TextTask if profile.data.task == "data-to-text" else LabelTask)(tokenizer, profile)
 
 
 def verbatim_slot_errors(found: list[tuple[Example, str]]) -> float:
@@ -242,26 +241,30 @@ def verbatim_slot_errors(found: list[tuple[Example, str]]) -> float:
     return sum(value not in text for value, text in pairs) / max(1, len(pairs))
 
 
-def _from_grammar(p: Profile) -> dict[str, list[Example]]:
-    found = examples(p.data, p.train + p.validation + p.test, texts=4)
-    cuts = {"train": found[: p.train], "validation": found[p.train : p.train + p.validation]}
-    return cuts | {"test": found[p.train + p.validation :]}
+def _from_grammar(data: DataSettings) -> dict[str, list[Example]]:
+    found, parts, start = examples(data.dataset, sum(data.max_samples.values()), texts=4), {}, 0
+    for part, number in data.max_samples.items():
+        parts[part] = found[start : start + number]
+        start += number
+    return parts
 
 
-def _from_tables(p: Profile) -> dict[str, list[Example]]:
+def _from_tables(data: DataSettings) -> dict[str, list[Example]]:
     """Records with all their texts, by part; a record is in one part only where the parts are cut here."""
     groups = {}
-    for part, rows in load_tables(p.data).items():
-        record, text = _column(p.data, rows[0], RECORD), _column(p.data, rows[0], TEXT)
+    for part, rows in load_tables(data.dataset).items():
+        record, text = _column(data.dataset, rows[0], RECORD), _column(data.dataset, rows[0], TEXT)
         texts: dict[str, list[str]] = {}
         for i, row in enumerate(rows):
             if not row.get(record) or not row.get(text):
-                raise ValueError(f"{p.data}, {part} part: row {i + 1} has no {record if not row.get(record) else text}")
+                raise ValueError(
+                    f"{data.dataset}, {part} part: row {i + 1} has no {record if not row.get(record) else text}"
+                )
             texts.setdefault(row[record], []).append(row[text])
-        groups[part] = [Example("e2e", _slots(p.data, part, record), said) for record, said in texts.items()]
-    parts = three_parts(groups, asdict(p))
+        groups[part] = [Example("e2e", _slots(data.dataset, part, record), said) for record, said in texts.items()]
+    parts = three_parts(groups, data.max_samples)
     random.Random(0).shuffle(parts["train"])
-    return {"train": parts["train"]} | {part: parts[part][: getattr(p, part)] for part in ("validation", "test")}
+    return {"train": parts["train"]} | {part: parts[part][: data.max_samples[part]] for part in ("validation", "test")}
 
 
 def _slots(data: str, part: str, record: str) -> dict[str, str]:
@@ -272,18 +275,20 @@ def _slots(data: str, part: str, record: str) -> dict[str, str]:
     return dict(found)
 
 
-def _labelled(p: Profile) -> tuple[dict[str, list[dict]], tuple[str, ...]]:
+def _labelled(data: DataSettings) -> tuple[dict[str, list[dict]], tuple[str, ...]]:
     """(rows with a label by part, the columns of the sentences). GLUE's test parts have labels of −1: no labels."""
-    tables, columns = load_tables(p.data), ()
+    tables, columns = load_tables(data.dataset), ()
     parts = {}
     for part, rows in tables.items():
-        label = _column(p.data, rows[0], ("label",))
+        label = _column(data.dataset, rows[0], ("label",))
         columns = next((names for names in SENTENCES if all(name in rows[0] for name in names)), ())
         if not columns:
-            raise ValueError(_lacks(p.data, rows[0], "sentence1 and sentence2, or sentence"))
+            raise ValueError(_lacks(data.dataset, rows[0], "sentence1 and sentence2, or sentence"))
         for i, row in enumerate(rows):
             if not re.fullmatch(r"-?\d+", str(row[label]).strip()):
-                raise ValueError(f"{p.data}, {part} part: row {i + 1} has the label {row[label]!r}; it must be 0, 1, …")
+                raise ValueError(
+                    f"{data.dataset}, {part} part: row {i + 1} has the label {row[label]!r}; it must be 0, 1, …"
+                )
         kept = [
             {name: row[name] or "" for name in columns} | {"label": str(row[label]).strip()}
             for row in rows
@@ -292,11 +297,11 @@ def _labelled(p: Profile) -> tuple[dict[str, list[dict]], tuple[str, ...]]:
         if kept:
             parts[part] = kept
     if "train" not in parts:
-        raise ValueError(f"{p.data} has no labelled row to train on")
+        raise ValueError(f"{data.dataset} has no labelled row to train on")
     if "test" not in parts and "validation" in parts:  # as is usual with GLUE: its validation part judges
         parts["test"] = parts.pop("validation")
-    parts = three_parts(parts, asdict(p))
-    return {part: rows[: getattr(p, part)] for part, rows in parts.items()}, columns
+    parts = three_parts(parts, data.max_samples)
+    return {part: rows[: data.max_samples[part]] for part, rows in parts.items()}, columns
 
 
 def _column(data: str, row: dict, names: tuple[str, ...]) -> str:
@@ -308,4 +313,6 @@ def _column(data: str, row: dict, names: tuple[str, ...]) -> str:
 
 def _lacks(data: str, row: dict, wanted: str) -> str:
     known = [name for name in row if isinstance(name, str)]
-    return f"{data} has no column {wanted}; {near(wanted.split(' ')[0], known) if known else 'it has no columns'}"
+    return (
+        f"{data} has no column {wanted}; {did_you_mean(wanted.split(' ')[0], known) if known else 'it has no columns'}"
+    )

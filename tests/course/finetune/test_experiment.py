@@ -12,26 +12,35 @@ import torch
 from safetensors.torch import load_file
 
 from lora_ref import load_adapter
+from lora_ref.course.finetune import command_line, finetune, tasks
 from lora_ref.course.finetune import experiment as module
-from lora_ref.course.finetune import finetune, tasks
-from lora_ref.course.finetune.experiment import main
+from lora_ref.course.finetune.command_line import main
 from lora_ref.course.finetune.hub import load_model
+from lora_ref.course.finetune.profiles import profile as named
 from lora_ref.course.finetune.records import check_record, load_record
+from lora_ref.course.finetune.settings import to_profile
 from tests.course.finetune.tiny_models import e2e, llama, mrpc, roberta, sst2
 
 SMALL = {
-    "train": 40,
-    "validation": 6,
-    "test": 4,
+    "max_train_samples": 40,
+    "max_validation_samples": 6,
+    "max_test_samples": 4,
     "steps": 6,
-    "batch": 8,
-    "new_tokens": 6,
-    "evaluations": 2,
-    "samples": 2,
+    "batch_size": 8,
+    "max_new_tokens": 6,
+    "num_evals": 2,
+    "num_samples": 2,
     "arms": ("full", "r=3"),
     "lora_alpha": 5.0,
 }
-BASE = {"base_hidden": 16, "base_layers": 1, "base_heads": 2, "base_steps": 4, "base_batch": 4, "base_length": 16}
+BASE = {
+    "base_hidden_size": 16,
+    "base_num_layers": 1,
+    "base_num_heads": 2,
+    "base_steps": 4,
+    "base_batch_size": 4,
+    "base_length": 16,
+}
 
 
 def options(**fields):
@@ -65,7 +74,7 @@ def tensors(directory):
 
 def test_the_directory_ends_with_the_record_the_adapter_and_the_log(done):
     directory, record = done
-    assert sorted(p.name for p in directory.iterdir()) == [
+    assert sorted(path.name for path in directory.iterdir()) == [
         "adapters", "checkpoints", "log.txt", "record.json", "run.json", "runs",
     ]  # fmt: skip
     assert load_record(directory / "record.json") == json.loads(json.dumps(record)) and check_record(record)
@@ -100,7 +109,7 @@ def test_the_adapter_loads_here_and_in_peft_and_gives_the_recorded_loss(done, mo
 
     directory, record = done
     run = record["runs"][1]
-    task = tasks.make_task(module.load_tokenizer(model), module.profile("cpu-mini", model=model, **SMALL))
+    task = tasks.make_task(module.load_tokenizer(model), named("cpu-mini", model=model, **SMALL))
     for load in (lambda base, where: load_adapter(base, where), PeftModel.from_pretrained):
         adapted = load(load_model(model), str(directory / run["adapter_directory"])).eval()
         assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
@@ -135,7 +144,7 @@ def test_two_processes_end_with_one_processs_adapter_and_one_of_them_writes(done
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [*command, "lora_ref.course.finetune", *argv(tmp_path / "two", model=model, accumulate=2)],
+        [*command, "lora_ref.course.finetune", *argv(tmp_path / "two", model=model, gradient_accumulation_steps=2)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -198,7 +207,12 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_
         raise KeyboardInterrupt
 
     early = "\ninterrupted before the first step; nothing is lost, and the same command begins anew\n"
-    for where, what in ((module, "arguments"), (module, "load_tokenizer"), (module, "make_task"), (tasks, "bleu")):
+    for where, what in (
+        (command_line, "arguments"),
+        (module, "load_tokenizer"),
+        (module, "make_task"),
+        (tasks, "bleu"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(where, what, interrupted)
             assert main(argv(tmp_path / "run", model=model)) == 130
@@ -235,15 +249,15 @@ def test_out_of_memory_names_what_to_lower_and_the_run_goes_on_with_it(done, mod
     said = capsys.readouterr().err
     for part in (
         "out of memory at step 4",
-        "--accumulate 2 (now 1)",
-        "--checkpointing true",
-        "--batch (8)",
-        "--length",
+        "--gradient-accumulation-steps 2 (now 1)",
+        "--gradient-checkpointing true",
+        "--batch-size (8)",
+        "--max-length",
     ):
         assert part in said, said
     checkpoint = tmp_path / "run" / "checkpoints" / "full-seed0-0.004.pt"
     assert torch.load(checkpoint, weights_only=True)["step"] == 3 and "after step 3" in said
-    assert main(argv(tmp_path / "run", model=model, accumulate=2, checkpointing=True)) == 0
+    assert main(argv(tmp_path / "run", model=model, gradient_accumulation_steps=2, gradient_checkpointing=True)) == 0
     found = load_record(tmp_path / "run" / "record.json")
     for mine, theirs in zip(found["runs"], record["runs"]):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
@@ -271,7 +285,7 @@ def test_rates_are_chosen_on_validation_examples_and_other_seeds_run_at_the_best
         tmp_path / "run",
         progress=False,
         model=model,
-        **SMALL | {"arms": ("r=3",), "lora_rates": (1e-4, 1e-3), "seeds": (3, 5), "steps": 4, "evaluations": 1},
+        **SMALL | {"arms": ("r=3",), "lora_lrs": (1e-4, 1e-3), "seeds": (3, 5), "steps": 4, "num_evals": 1},
     )
     first = {run["rate"]: run["validation"] for run in found["runs"] if run["seed"] == 3}
     assert len(first) > 2 and max(first) == pytest.approx(1e-3 * 10 ** (len(first) - 2))  # it went on upwards
@@ -290,24 +304,24 @@ def test_runs_that_diverge_are_recorded_apart_and_all_of_them_is_an_error(model,
     tasks_ = []
     monkeypatch.setattr(tasks.TextTask, "total", explodes)
     monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: len(tasks_) < 1 and not tasks_.append(1), False)
-    changes = SMALL | {"arms": ("full",), "full_rates": (1e-3, 2e-3), "steps": 2, "evaluations": 1}
+    changes = SMALL | {"arms": ("full",), "full_lrs": (1e-3, 2e-3), "steps": 2, "num_evals": 1}
     found = finetune("cpu-mini", tmp_path / "one", progress=False, model=model, **changes)
     assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [(1e-3, "the loss is nan at step 0")]
     assert all(run["rate"] > 1e-3 for run in found["runs"])
     monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: True)
-    words = argv(tmp_path / "all", model=model, arms=("full",), full_rates=(1e-3,))
+    words = argv(tmp_path / "all", model=model, arms=("full",), full_lrs=(1e-3,))
     assert main(words) == 1
-    assert "full diverged at every rate, 0.001; lower full_rates" in capsys.readouterr().err
+    assert "full diverged at every rate, 0.001; lower full_lrs" in capsys.readouterr().err
 
 
 SEARCH = SMALL | {
     "arms": ("full", "r=2", "r=3"),
-    "lora_rates": (1e-3, 1e-2),
+    "lora_lrs": (1e-3, 1e-2),
     "seeds": (0, 4),
     "steps": 4,
-    "evaluations": 1,
+    "num_evals": 1,
     "weight_decay": 0.1,
-    "clip": 0.05,
+    "max_grad_norm": 0.05,
 }
 
 
@@ -317,7 +331,10 @@ def searched(model, tmp_path_factory):
     found = {}
     for n in (1, 3):
         directory = tmp_path_factory.mktemp("search") / str(n)
-        found[n] = directory, finetune("cpu-mini", directory, progress=False, model=model, together=n, **SEARCH)
+        found[n] = (
+            directory,
+            finetune("cpu-mini", directory, progress=False, model=model, parallel_adapters=n, **SEARCH),
+        )
     return found
 
 
@@ -336,7 +353,7 @@ def same(mine, theirs, exact=False):
 
 def test_adapters_trained_at_once_come_to_the_same_rates_losses_and_adapters(searched, model):
     (alone, one), (directory, record) = searched[1], searched[3]
-    assert check_record(record)["settings"]["together"] == 3 and record["diverged"] == []
+    assert check_record(record)["settings"]["optimisation"]["parallel_adapters"] == 3 and record["diverged"] == []
     same(record["runs"], one["runs"])
     assert {run["together"] for run in one["runs"]} == {1}
     numbers = [run["together"] for run in record["runs"] if run["arm"] != "full" and run["seed"] == 0]
@@ -349,7 +366,7 @@ def test_adapters_trained_at_once_come_to_the_same_rates_losses_and_adapters(sea
     for name in [name for name in found if not name.endswith("-1")]:  # at the rate 1 roundings grow
         for key, value in found[name].items():
             torch.testing.assert_close(value, expected[name][key], rtol=1e-2, atol=1e-4)
-    task = tasks.make_task(module.load_tokenizer(model), module.profile("cpu-mini", model=model, **SEARCH))
+    task = tasks.make_task(module.load_tokenizer(model), named("cpu-mini", model=model, **SEARCH))
     for run in record["runs"]:
         if run["together"] > 1:
             adapted = load_adapter(load_model(model), directory / run["adapter_directory"]).eval()
@@ -380,7 +397,7 @@ def test_interrupted_within_a_group_it_goes_on_and_ends_the_same(searched, model
         return total(self, model, rows, *copies)
 
     monkeypatch.setattr(tasks.TextTask, "total", counted)
-    words = argv(tmp_path / "run", model=model, together=3, **{k: v for k, v in SEARCH.items() if k != "arms"})
+    words = argv(tmp_path / "run", model=model, parallel_adapters=3, **{k: v for k, v in SEARCH.items() if k != "arms"})
     words += ["--arms", *SEARCH["arms"]]
     assert main(words) == 130 and "stopped after step 3 of 4" in capsys.readouterr().err
     [left] = (tmp_path / "run" / "checkpoints").iterdir()
@@ -415,9 +432,9 @@ def test_begun_with_more_at_once_it_may_go_on_with_fewer(searched, model, tmp_pa
         return total(self, model, rows, *copies)
 
     monkeypatch.setattr(tasks.TextTask, "total", full)
-    with pytest.raises(MemoryError, match=r"or --together 1 \(now 3\), which change no result"):
-        finetune("cpu-mini", tmp_path, progress=False, model=model, together=3, **SEARCH)
-    record = finetune("cpu-mini", tmp_path, progress=False, model=model, together=1, **SEARCH)
+    with pytest.raises(MemoryError, match=r"or --parallel-adapters 1 \(now 3\), which change no result"):
+        finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=3, **SEARCH)
+    record = finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=1, **SEARCH)
     same(record["runs"], searched[1][1]["runs"])
 
 
@@ -432,8 +449,8 @@ def test_of_adapters_at_once_those_that_diverge_are_recorded_apart(searched, mod
         return value
 
     monkeypatch.setattr(tasks.TextTask, "total", explodes)
-    changes = SEARCH | {"arms": ("r=2", "r=3"), "lora_rates": (1e-3, 1e-2), "seeds": (0,)}
-    found = finetune("cpu-mini", tmp_path, progress=False, model=model, together=3, **changes)
+    changes = SEARCH | {"arms": ("r=2", "r=3"), "lora_lrs": (1e-3, 1e-2), "seeds": (0,)}
+    found = finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=3, **changes)
     assert [tuple(run.values()) for run in found["diverged"]] == [("r=3", 0, 1e-3, "the loss is nan at step 0")]
     theirs = {(run["arm"], run["rate"]): run["losses"] for run in searched[3][1]["runs"] if run["seed"] == 0}
     for arm, rate in (("r=2", 1e-3), ("r=2", 1e-2), ("r=3", 1e-2)):
@@ -449,11 +466,11 @@ def test_when_all_at_once_diverge_it_is_said_of_each_and_is_an_error(model, tmp_
         return total(self, model, rows, *copies) * (float("inf") if model.training else 1)
 
     monkeypatch.setattr(tasks.TextTask, "total", explodes)
-    changes = {"arms": ("r=3",), "lora_rates": (1e-3, 1e-2), "together": 2, "model": model}
+    changes = {"arms": ("r=3",), "lora_lrs": (1e-3, 1e-2), "parallel_adapters": 2, "model": model}
     assert main(argv(tmp_path, **changes)) == 1
     said = capsys.readouterr()
     assert said.out.count("diverged: the loss is inf at step 0") == 2
-    assert "r=3 diverged at every rate, 0.001, 0.01; lower lora_rates" in said.err
+    assert "r=3 diverged at every rate, 0.001, 0.01; lower lora_lrs" in said.err
 
 
 def test_a_run_that_ends_with_a_validation_loss_that_is_not_finite_has_diverged(model, tmp_path, monkeypatch):
@@ -464,7 +481,7 @@ def test_a_run_that_ends_with_a_validation_loss_that_is_not_finite_has_diverged(
         return float("nan") if len(seen) == 3 else held_out(self, model, part)
 
     monkeypatch.setattr(tasks.TextTask, "held_out", explodes)
-    changes = SMALL | {"arms": ("full",), "full_rates": (1e-3, 2e-3), "steps": 2, "evaluations": 1}
+    changes = SMALL | {"arms": ("full",), "full_lrs": (1e-3, 2e-3), "steps": 2, "num_evals": 1}
     found = finetune("cpu-mini", tmp_path, progress=False, model=model, **changes)
     assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [
         (1e-3, "the validation loss is nan at step 2")
@@ -472,26 +489,26 @@ def test_a_run_that_ends_with_a_validation_loss_that_is_not_finite_has_diverged(
 
 
 def test_several_processes_train_no_adapters_at_once(model, tmp_path, monkeypatch, capsys):
-    accelerator = module.accelerator_for(module.profile("cpu-mini"))
+    accelerator = module.accelerator_for(named("cpu-mini").system)
     fake = type("Two", (), {"num_processes": 2, "device": accelerator.device})()
-    monkeypatch.setattr(module, "accelerator_for", lambda p: fake)
-    assert main(argv(tmp_path / "out", model=model, together=2)) == 2
-    assert "together = 2" in (said := capsys.readouterr().err) and "--together 1" in said
+    monkeypatch.setattr(module, "accelerator_for", lambda system: fake)
+    assert main(argv(tmp_path / "out", model=model, parallel_adapters=2)) == 2
+    assert "parallel_adapters = 2" in (said := capsys.readouterr().err) and "--parallel-adapters 1" in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16", "frozen": "bf16", "checkpointing": True, "lora_dropout": 0.1},
+        {"precision": "bf16", "frozen_dtype": "bf16", "gradient_checkpointing": True, "lora_dropout": 0.1},
         {
             "precision": "bf16",
-            "frozen": "bf16",
-            "checkpointing": True,
+            "frozen_dtype": "bf16",
+            "gradient_checkpointing": True,
             "lora_dropout": 0.1,
-            "together": 2,
-            "lora_rates": (8e-3, 9e-3),
-            "accumulate": 2,
+            "parallel_adapters": 2,
+            "lora_lrs": (8e-3, 9e-3),
+            "gradient_accumulation_steps": 2,
         },
         {"use_rslora": True, "target_modules": ("q_proj", "embed_tokens")},
     ],
@@ -516,10 +533,11 @@ def test_hub_form_e2e_from_a_local_directory(model, tmp_path):
         tmp_path / "run",
         progress=False,
         model=model,
-        data=e2e(tmp_path / "e2e"),
-        **SMALL | {"arms": ("r=3",), "lora_rates": (1e-2,), "seeds": (0,), "steps": 3, "train": 20, "device": "cpu"},
+        dataset=e2e(tmp_path / "e2e"),
+        **SMALL
+        | {"arms": ("r=3",), "lora_lrs": (1e-2,), "seeds": (0,), "steps": 3, "max_train_samples": 20, "device": "cpu"},
     )
-    assert found["slot_rule"] == "verbatim" and found["settings"]["precision"] == "bf16"
+    assert found["slot_rule"] == "verbatim" and found["settings"]["system"]["precision"] == "bf16"
     assert found["runs"][0]["after"]["loss"] < found["runs"][0]["before"]["loss"]
 
 
@@ -533,9 +551,16 @@ def test_glue_from_local_directories_trains_head_and_adapter(tmp_path, profile, 
         tmp_path / "run",
         progress=False,
         model=name,
-        data=data(tmp_path / "data"),
+        dataset=data(tmp_path / "data"),
         **SMALL
-        | {"length": 40, "train": 20, "lora_rates": (1e-2,), "full_rates": (1e-2,), "seeds": (1,), "device": "cpu"},
+        | {
+            "max_length": 40,
+            "max_train_samples": 20,
+            "lora_lrs": (1e-2,),
+            "full_lrs": (1e-2,),
+            "seeds": (1,),
+            "device": "cpu",
+        },
     )
     full, adapted = found["runs"]
     assert all(0 <= run["after"]["accuracy"] <= 1 and run["after"]["f1"] is not None for run in found["runs"])
@@ -543,7 +568,7 @@ def test_glue_from_local_directories_trains_head_and_adapter(tmp_path, profile, 
     head = 16 * 16 + 16 + 2 * 16 + 2
     assert adapted["parameters_trained"] == head + 2 * 2 * 3 * (16 + 16)
     where = str(tmp_path / "run" / adapted["adapter_directory"])
-    task = tasks.make_task(module.load_tokenizer(name), module.Profile(**{**found["settings"]}))
+    task = tasks.make_task(module.load_tokenizer(name), to_profile(found["settings"]))
     for load in (load_adapter, PeftModel.from_pretrained):
         base = load_model(name, "classification", 2, seed=1)
         assert task.judge(load(base, where).eval())[0]["accuracy"] == adapted["after"]["accuracy"]
@@ -555,12 +580,12 @@ def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):
 
     documents = [f"The function number {i} returns the value of its argument." for i in range(60)]
     monkeypatch.setattr(new_base, "load_corpus", lambda packages: Corpus(documents[:50], documents[50:]))
-    changes = BASE | {"arms": ("r=1", "r=3"), "lora_rates": (1e-2,), "seeds": (0,), "device": "cpu", "steps": 3}
+    changes = BASE | {"arms": ("r=1", "r=3"), "lora_lrs": (1e-2,), "seeds": (0,), "device": "cpu", "steps": 3}
     monkeypatch.chdir(tmp_path)
     found = finetune("gpu-offline", "run", progress=False, **SMALL | changes)
     tmp_path /= "run"
     assert found["base_bits_per_byte"] > 0 and found["model"] == "new"
-    assert {p.name for p in (tmp_path / "base").iterdir()} >= {"config.json", "model.safetensors", "bits.json"}
+    assert {path.name for path in (tmp_path / "base").iterdir()} >= {"config.json", "model.safetensors", "bits.json"}
     base = load_model(str(tmp_path / "base"))
     adapter = tmp_path / found["runs"][1]["adapter_directory"]
     load_adapter(base, adapter)
@@ -573,17 +598,17 @@ def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):
     "changes, says",
     [
         ({"steps": 1}, "steps = 1"),
-        ({"batch": 64, "train": 20}, "batch = 64, but there are 20 examples"),
+        ({"batch_size": 64, "max_train_samples": 20}, "batch_size = 64, but there are 20 examples"),
         ({"target_modules": ["q_prjo"]}, "'q_proj'"),
         (
             {"arms": ["full", "r=9"], "target_modules": ["k_proj"]},
             "arms has 'r=9', but model.layers.0.self_attn.k_proj",
         ),
-        ({"length": 257}, "length = 257 tokens, but"),
-        ({"new_tokens": 250}, "new_tokens and the longest prompt"),
+        ({"max_length": 257}, "max_length = 257 tokens, but"),
+        ({"max_new_tokens": 250}, "max_new_tokens and the longest prompt"),
         ({"precision": "fp16"}, "needs a GPU"),
         ({"model": "no/such/model"}, "no/such/model does not exist"),
-        ({"data": "no/such/data"}, "no/such/data does not exist"),
+        ({"dataset": "no/such/data"}, "no/such/data does not exist"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(model, tmp_path, capsys, changes, says):

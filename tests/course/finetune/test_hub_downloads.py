@@ -254,8 +254,9 @@ def test_data_sets_come_again_without_the_hub_and_others_are_refused(online, off
         assert f'`python -c "from lora_ref.course.finetune.tables import load_tables; {call}"`' in said
 
 
-FEW = "--device cpu --precision fp32 --frozen fp32 --steps 4 --batch 4 --train 24 --validation 4 --test 3 --samples 1"
-FEW += " --evaluations 2 --new-tokens 4 --seeds 0 --full-rates 1e-3 --lora-rates 1e-2 --quiet"
+FEW = "--device cpu --precision fp32 --frozen-dtype fp32 --steps 4 --batch-size 4 --max-train-samples 24"
+FEW += " --max-validation-samples 4 --max-test-samples 3 --num-samples 1"
+FEW += " --num-evals 2 --max-new-tokens 4 --seeds 0 --full-lrs 1e-3 --lora-lrs 1e-2 --quiet"
 
 
 @needs_datasets
@@ -265,7 +266,18 @@ FEW += " --evaluations 2 --new-tokens 4 --seeds 0 --full-rates 1e-3 --lora-rates
 )
 def test_the_command_runs_on_hub_names(hub, tmp_path, profile, model, data, length):
     before, output = len(hub.requests), tmp_path / "run"
-    names = ["--profile", profile, "--model", model, "--data", data, "--output", str(output), "--length", str(length)]
+    names = [
+        "--profile",
+        profile,
+        "--model",
+        model,
+        "--dataset",
+        data,
+        "--output",
+        str(output),
+        "--max-length",
+        str(length),
+    ]
     done = ran(hub, tmp_path / "home", sys.executable, "-m", "lora_ref.course.finetune", *names, *FEW.split())
     assert done.returncode == 0, done.stderr
     requests = "\n".join(hub.requests[before:])

@@ -4,19 +4,24 @@ import json
 
 import pytest
 
+from lora_ref.course.finetune.profiles import profile
 from lora_ref.course.finetune.run_directory import Workplace
-
-SETTINGS = {"steps": 3, "rates": (1e-3, 2e-3), "accumulate": 1, "device": "cpu"}
 
 
 def place(directory, name="cpu-mini", first=True, **changes):
-    return Workplace(directory, name, SETTINGS | changes, first)
+    settings = profile("cpu-mini", **{"steps": 3, "lora_lrs": (1e-3, 2e-3), "device": "cpu"} | changes)
+    return Workplace(directory, name, settings.model_dump(mode="json"), first)
 
 
 def test_a_run_finds_its_own_directory_again_also_with_what_changes_no_result(tmp_path):
     place(tmp_path / "out").begin()
     before = (tmp_path / "out" / "run.json").read_bytes()
-    for changes in ({}, {"accumulate": 4}, {"device": "auto"}, {"together": 3}):
+    for changes in (
+        {},
+        {"gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+        {"device": "auto", "threads": 2},
+        {"parallel_adapters": 3},
+    ):
         place(tmp_path / "out", **changes).begin()
     assert (tmp_path / "out" / "run.json").read_bytes() == before
 
@@ -34,7 +39,7 @@ def test_what_is_no_runs_directory_is_refused(tmp_path, refused):
     (tmp_path / "file").write_text("x")
     refused(lambda: place(tmp_path / "file"), "is a file")
     refused(lambda: place(tmp_path), "is not empty and holds no run")
-    for content in ("", "[]", json.dumps({"settings": {}})):
+    for content in ("", "[]", json.dumps({"settings": {}}), json.dumps({"settings": [3], "profile": "x"})):
         (tmp_path / "run.json").write_text(content)
         refused(lambda: place(tmp_path), "is no run's description")
 

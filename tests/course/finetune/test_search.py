@@ -12,14 +12,14 @@ LORA = (4e-3, 1e-3, 2e-3)  # in no order
 
 
 def settings(**changes):
-    own = {"arms": ("r=1", "full", "r=8", "r=5"), "seeds": (3, 5, 4), "lora_rates": LORA, "full_rates": (1e-4, 2e-4)}
-    return profile("cpu-mini", **own | changes)
+    base = {"arms": ("r=1", "full", "r=8", "r=5"), "seeds": (3, 5, 4), "lora_lrs": LORA, "full_lrs": (1e-4, 2e-4)}
+    return profile("cpu-mini", **base | changes).optimisation
 
 
-def search(p, loss):
+def search(own, loss):
     """(the rounds of groups, all losses), where loss(trial) is what a training gives."""
     rounds, known = [], {}
-    while groups := following(p, known):
+    while groups := following(own, known):
         rounds.append(groups)
         for group in groups:
             known |= {trial: loss(trial) for trial in group}
@@ -37,7 +37,7 @@ BOTTOMS = {"full": 1.1e-4, "r=1": 2e-3, "r=8": 2.1e-3, "r=5": 1.9e-3}
 
 @pytest.mark.parametrize("together, sizes", [(1, [1] * 9), (2, [2, 2, 2, 2, 1]), (4, [4, 4, 1]), (9, [9]), (50, [9])])
 def test_the_first_round_is_every_arms_every_rate_and_adapters_go_together(together, sizes):
-    groups = following(settings(together=together), {})
+    groups = following(settings(parallel_adapters=together), {})
     lora = [group for group in groups if group[0].arm != "full"]
     assert [len(group) for group in lora] == sizes
     assert [t for group in lora for t in group] == [Trial(a, 3, r) for a in ("r=1", "r=8", "r=5") for r in sorted(LORA)]
@@ -45,8 +45,8 @@ def test_the_first_round_is_every_arms_every_rate_and_adapters_go_together(toget
 
 
 def test_rates_in_the_middle_are_enough_and_the_other_seeds_run_alone_at_the_best():
-    p = settings(together=9)
-    rounds, known = search(p, valley(BOTTOMS))
+    own = settings(parallel_adapters=9)
+    rounds, known = search(own, valley(BOTTOMS))
     first, second, third = rounds  # full's best is its smallest: one more
     assert second == [[Trial("full", 3, 1e-4 / 2)]]
     assert third == [
@@ -54,56 +54,56 @@ def test_rates_in_the_middle_are_enough_and_the_other_seeds_run_alone_at_the_bes
         for arm, rate in (("r=1", 2e-3), ("full", 1e-4), ("r=8", 2e-3), ("r=5", 2e-3))
         for seed in (5, 4)
     ]
-    assert following(p, known) == [] and best(p, "r=8", known) == 2e-3
+    assert following(own, known) == [] and best(own, "r=8", known) == 2e-3
 
 
 def test_a_best_rate_at_an_end_asks_for_one_beyond_it_and_those_go_together_again():
-    p = settings(together=2, arms=("r=1", "r=8", "r=5"), seeds=(0,))
-    rounds, known = search(p, valley({"r=1": 1.7e-2, "r=8": 2e-3, "r=5": 2.4e-4}))
+    own = settings(parallel_adapters=2, arms=("r=1", "r=8", "r=5"), seeds=(0,))
+    rounds, known = search(own, valley({"r=1": 1.7e-2, "r=8": 2e-3, "r=5": 2.4e-4}))
     assert [[len(group) for group in groups] for groups in rounds] == [[2, 2, 2, 2, 1], [2], [2], [2]]
     assert [[t.arm for t in groups[0]] for groups in rounds[1:]] == [["r=1", "r=5"]] * 3
     assert [[t.rate for t in groups[0]] for groups in rounds[1:]] == [
         [pytest.approx(r * 1e-3) for r in rates] for rates in ((8, 0.5), (16, 0.25), (32, 0.125))
     ]
-    assert best(p, "r=1", known) == pytest.approx(1.6e-2) and best(p, "r=5", known) == pytest.approx(2.5e-4)
+    assert best(own, "r=1", known) == pytest.approx(1.6e-2) and best(own, "r=5", known) == pytest.approx(2.5e-4)
 
 
 def test_it_goes_on_so_far_and_no_further_and_not_from_one_rate():
-    p = settings(arms=("r=8",), seeds=(0,))
-    rounds, known = search(p, valley({"r=8": 1e9}))
+    own = settings(arms=("r=8",), seeds=(0,))
+    rounds, known = search(own, valley({"r=8": 1e9}))
     assert len(rounds) == 1 + FURTHER and len(known) == 3 + FURTHER
-    assert len(search(settings(arms=("r=8",), seeds=(0,), lora_rates=(1e-3,)), valley({"r=8": 1e9}))[0]) == 1
+    assert len(search(settings(arms=("r=8",), seeds=(0,), lora_lrs=(1e-3,)), valley({"r=8": 1e9}))[0]) == 1
 
 
 def test_what_diverged_is_never_the_best_and_sends_the_search_downwards():
-    p = settings(arms=("r=8",), seeds=(0,))
-    rounds, known = search(p, lambda trial: INF if trial.rate > 1e-3 else 7.0 + trial.rate)
+    own = settings(arms=("r=8",), seeds=(0,))
+    rounds, known = search(own, lambda trial: INF if trial.rate > 1e-3 else 7.0 + trial.rate)
     assert [trial.rate for groups in rounds[1:] for group in groups for trial in group] == [
         1e-3 / 2 ** (i + 1) for i in range(FURTHER)
     ]
-    assert best(p, "r=8", known) == 1e-3 / 2**FURTHER
+    assert best(own, "r=8", known) == 1e-3 / 2**FURTHER
 
 
 def test_an_arm_that_diverges_at_every_rate_is_an_error_with_what_to_lower():
-    p = settings(together=9)
-    with pytest.raises(FloatingPointError, match="r=8 diverged at every rate, 0.001, 0.002, 0.004; lower lora_rates"):
-        search(p, lambda trial: INF if trial.arm == "r=8" else valley(BOTTOMS)(trial))
-    with pytest.raises(FloatingPointError, match="full diverged at every rate, 0.0001, 0.0002; lower full_rates"):
-        search(p, lambda trial: INF if trial.arm == "full" else valley(BOTTOMS)(trial))
+    own = settings(parallel_adapters=9)
+    with pytest.raises(FloatingPointError, match="r=8 diverged at every rate, 0.001, 0.002, 0.004; lower lora_lrs"):
+        search(own, lambda trial: INF if trial.arm == "r=8" else valley(BOTTOMS)(trial))
+    with pytest.raises(FloatingPointError, match="full diverged at every rate, 0.0001, 0.0002; lower full_lrs"):
+        search(own, lambda trial: INF if trial.arm == "full" else valley(BOTTOMS)(trial))
 
 
 def test_another_seed_that_diverges_or_is_better_changes_no_choice():
-    p = settings(arms=("r=8",), seeds=(3, 5))
+    own = settings(arms=("r=8",), seeds=(3, 5))
     loss = valley({"r=8": 2e-3})
     for odd in (INF, -1.0):
-        _, known = search(p, lambda trial: odd if trial.seed == 5 else loss(trial))
-        assert best(p, "r=8", known) == 2e-3 and following(p, known) == []
+        _, known = search(own, lambda trial: odd if trial.seed == 5 else loss(trial))
+        assert best(own, "r=8", known) == 2e-3 and following(own, known) == []
 
 
 def test_of_equals_the_first_one_is_the_best():
-    p = settings(arms=("r=8",), seeds=(0,))
-    _, known = search(p, lambda trial: 1.0)
-    assert best(p, "r=8", known) == 1e-3
+    own = settings(arms=("r=8",), seeds=(0,))
+    _, known = search(own, lambda trial: 1.0)
+    assert best(own, "r=8", known) == 1e-3
 
 
 def test_the_name_of_a_training_is_its_own_and_a_groups_depends_on_all_its_members():

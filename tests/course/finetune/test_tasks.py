@@ -11,12 +11,19 @@ from lora_ref.batched import add_batched_lora, for_each_adapter
 from lora_ref.course.finetune.hub import load_model, load_tokenizer
 from lora_ref.course.finetune.preparation import check_model
 from lora_ref.course.finetune.profiles import profile
-from lora_ref.course.finetune.tasks import f1, make_task, verbatim_slot_errors
+from lora_ref.course.finetune.tasks import make_task, verbatim_slot_errors
 from lora_ref.course.text.data_to_text import text_loss
 from lora_ref.course.text.grammar import Example
 from tests.course.finetune.tiny_models import e2e, llama, mrpc, roberta, sst2, write_csv
 
-SMALL = {"train": 24, "validation": 5, "test": 4, "batch": 8, "steps": 3, "new_tokens": 6}
+SMALL = {
+    "max_train_samples": 24,
+    "max_validation_samples": 5,
+    "max_test_samples": 4,
+    "batch_size": 8,
+    "steps": 3,
+    "max_new_tokens": 6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +46,11 @@ def text_task(tokenizer, **changes):
 
 
 def label_task(tokenizer, classifier, data, **changes):
-    p = profile("gpu-hub-mrpc", **SMALL | {"data": data, "length": 30, "model": "x", "precision": "fp32"} | changes)
-    task = make_task(tokenizer, p)
-    check_model(classifier, tokenizer, task, p)
+    own = profile(
+        "gpu-hub-mrpc", **SMALL | {"dataset": data, "max_length": 30, "model": "x", "precision": "fp32"} | changes
+    )
+    task = make_task(tokenizer, own)
+    check_model(classifier, tokenizer, task, own)
     return task
 
 
@@ -51,12 +60,12 @@ def gradients(model, losses):
     for loss in losses:
         loss.backward()
         total += loss.item()
-    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return total, [x.grad.clone() for x in model.parameters() if x.grad is not None]
 
 
 @pytest.mark.parametrize("processes, accumulate", [(1, 1), (2, 1), (2, 2), (1, 4)])
 def test_the_shares_of_all_processes_and_parts_add_up_to_the_mean_over_tokens(tokenizer, model, processes, accumulate):
-    task = text_task(tokenizer, accumulate=accumulate)
+    task = text_task(tokenizer, gradient_accumulation_steps=accumulate)
     plan = task.plan(0)
     chosen = [task.rows["train"][i] for i in plan[1]]
     lengths = {len(row.ids) - row.prompt_length for row in chosen}
@@ -75,7 +84,7 @@ def test_the_shares_of_all_processes_and_parts_add_up_to_the_mean_over_tokens(to
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_of_a_step_that_is_read_by_several_adapters_each_one_has_its_own_loss(tokenizer, model, accumulate):
-    task = text_task(tokenizer, accumulate=accumulate)
+    task = text_task(tokenizer, gradient_accumulation_steps=accumulate)
     plan, config = task.plan(0), LoRAConfig(r=2, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
     adapters = add_batched_lora(
         copy.deepcopy(model), [config] * 3, [torch.Generator().manual_seed(e) for e in range(3)]
@@ -117,7 +126,7 @@ def test_the_grammars_records_have_one_scored_text_and_four_references(tokenizer
 
 
 def test_e2es_columns_give_records_with_all_their_texts(tokenizer, model, tmp_path):
-    task = text_task(tokenizer, data=e2e(tmp_path / "e2e"))
+    task = text_task(tokenizer, dataset=e2e(tmp_path / "e2e"))
     assert task.slot_rule == "verbatim" and task.counts == {"train": 24, "validation": 3, "test": 3}
     example = task.parts["test"][0]
     assert example.slots == {"name": "The test 0", "eatType": "pub", "familyFriendly": "yes"}
@@ -129,25 +138,32 @@ def test_e2es_columns_give_records_with_all_their_texts(tokenizer, model, tmp_pa
 def test_the_first_files_names_of_e2e_and_a_single_file_work_too(tokenizer, tmp_path):
     rows = [(f"name[A {i}]", f"A {i} is here.") for i in range(30)]
     write_csv(tmp_path / "all.csv", ["mr", "ref"], rows)
-    task = text_task(tokenizer, data=str(tmp_path / "all.csv"))
+    task = text_task(tokenizer, dataset=str(tmp_path / "all.csv"))
     assert task.counts == {"train": 24, "validation": 3, "test": 3}
 
 
 def test_no_more_examples_than_the_profile_says(tokenizer, tmp_path):
-    task = text_task(tokenizer, data=e2e(tmp_path / "e2e"), train=9, validation=2, test=1)
+    task = text_task(
+        tokenizer, dataset=e2e(tmp_path / "e2e"), max_train_samples=9, max_validation_samples=2, max_test_samples=1
+    )
     assert task.counts == {"train": 9, "validation": 2, "test": 1} and len(task.rows["train"]) == 9
 
 
 def test_long_examples_are_left_out_and_counted_and_none_left_is_refused(tokenizer, refused):
     lengths = sorted(len(row.ids) for row in text_task(tokenizer).rows["train"])
-    task = text_task(tokenizer, length=lengths[-2])
+    task = text_task(tokenizer, max_length=lengths[-2])
     assert task.dropped >= 1 and max(len(row.ids) for row in task.rows["train"]) <= lengths[-2]
-    refused(lambda: text_task(tokenizer, length=3), "all 24 examples of the train part", "length = 3", "raise length")
+    refused(
+        lambda: text_task(tokenizer, max_length=3),
+        "all 24 examples of the train part",
+        "max_length = 3 ",
+        "raise max_length",
+    )
 
 
 def test_a_batch_larger_than_the_data_is_refused(tokenizer, refused):
-    task = text_task(tokenizer, batch=25)
-    refused(lambda: task.plan(0), "batch = 25", "24 examples")
+    task = text_task(tokenizer, batch_size=25)
+    refused(lambda: task.plan(0), "batch_size = 25", "24 examples")
 
 
 def test_sst2s_columns_and_test_labels_that_are_none(tokenizer, classifier, tmp_path):
@@ -168,7 +184,17 @@ def test_mrpcs_pairs_and_f1(tokenizer, classifier, tmp_path):
     first = tokenizer("a 0")["input_ids"]
     assert any(row.ids[: len(first)] == first and len(row.ids) > len(first) for row in task.rows["test"])
     assert 0 <= task.judge(classifier)[0]["f1"] <= 1
-    assert f1([1, 1, 0, 0, 1], [1, 0, 1, 0, 1]) == pytest.approx(2 * 2 / (3 + 3)) and f1([0], [0]) == 0
+
+
+@pytest.mark.parametrize(
+    "guesses, labels, expected",
+    [([1, 1, 0, 0, 1], [1, 0, 1, 0, 1], 2 * 2 / (3 + 3)), ([0, 0], [0, 0], 0), ([0], [1], 0)],
+)
+def test_f1_is_label_1s(tokenizer, classifier, tmp_path, monkeypatch, guesses, labels, expected):
+    task = label_task(tokenizer, classifier, mrpc(tmp_path / "mrpc"))
+    task.rows["test"] = [task.rows["test"][0]._replace(label=label) for label in labels]
+    monkeypatch.setattr(task, "guessed", lambda model, part: (0.5, guesses))
+    assert task.judge(classifier)[0]["f1"] == pytest.approx(expected)
 
 
 def test_verbatim_slot_errors_counts_values_and_leaves_yes_and_no():
@@ -188,7 +214,7 @@ def test_verbatim_slot_errors_counts_values_and_leaves_yes_and_no():
 )
 def test_text_data_of_another_form_are_refused(tokenizer, tmp_path, refused, columns, row, says):
     write_csv(tmp_path / "train.csv", columns, [row] * 5)
-    refused(lambda: text_task(tokenizer, data=str(tmp_path)), *says)
+    refused(lambda: text_task(tokenizer, dataset=str(tmp_path)), *says)
 
 
 @pytest.mark.parametrize(
