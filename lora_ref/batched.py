@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._apply_plan import apply_plan, build_layers
+from ._dtypes import is_autocast
 from .config import LoRAConfig
-from .functional import _autocasts
 from .layers import LoRALinear
 from .matching import Plan, plan_lora
 from .model import lora_parameters
@@ -59,7 +59,7 @@ class BatchedLoRALinear(nn.Module):
         E, k = len(self.adapters), self.in_features
         if x.ndim < 2 or len(x) % E:
             raise ValueError(f"x has shape {tuple(x.shape)}; {E} adapters need {E} groups with equally many rows")
-        if _autocasts(x):
+        if is_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         X = x.reshape(E, math.prod(x.shape[:-1]) // E, k)
         A = _stack_padded([layer.lora_A for layer in self.adapters])  # (E, r, k)

@@ -25,8 +25,6 @@ from torch import Tensor
 from ._dtypes import is_autocast
 from ._functional_checks import check_lora_linear
 
-_autocasts = is_autocast  # the name by which `batched` imports it
-
 # One idea: the layer's forward and its derived backward, line for line beside the specification that they must equal.
 
 # A 16-bit X is cast up for the products with A and B, and not saved, where X and Y have at most this many numbers each:
