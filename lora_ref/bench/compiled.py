@@ -1,21 +1,22 @@
 """Steps of a whole Llama, eager and under torch.compile: rows for the benchmark `compile` of lora_ref.bench.
 
-The contenders are `model_bench`'s, on the same shapes; what is compiled is the model, as torch.compile(model) does it.
+The contenders are those of `model`, on the same shapes; what is compiled is the model, as torch.compile(model) does it.
 Needs transformers, a C++ compiler (CPU) or triton (CUDA), and peft to compare with.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 
-from ..measure import paired, quartiles
+from ..measure import paired
 from ..model import count_parameters
-from . import layer as layer_bench
-from .model import Llama, batch, contenders, peak, step
+from . import model as model_bench
+from .model import Llama, contenders, peak, step, token_ids
+from .ratios import median_ratio, ratio
 
 BACKEND = "inductor"  # torch.compile's default
+KINDS = ("eager", "compiled")
 
 
 def no_compiler(device: str) -> str | None:
@@ -30,17 +31,22 @@ def no_compiler(device: str) -> str | None:
     return None
 
 
-def first(run: Callable[[], None]) -> tuple[float, int]:
-    """The seconds of a compiled step's first call, compilation included, and the graphs it made."""
+def first_call(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """The seconds of a compiled step's first call, compilation included, and how many graphs it made."""
     counted = torch._dynamo.utils.counters["stats"]
     before, start = counted["unique_graphs"], time.perf_counter()
     run()
-    if layer_bench.DEVICE.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, counted["unique_graphs"] - before
 
 
-def rows(case: Llama, rounds: int) -> Iterator[dict]:
+def work(case: Llama, rounds: int) -> float:
+    """About how many multiply-adds a case takes, compilation left out: each model eager and compiled."""
+    return 2 * model_bench.work(case, rounds)
+
+
+def measure_compiled(case: Llama, rounds: int, device: torch.device) -> Iterator[dict]:
     """A fine-tuning step of a whole Llama (forward, backward, AdamW), eager and compiled, in ms.
 
         ratio = compiled / eager, round by round;   eager ÷peft, compiled ÷peft: over peft's step of the same kind
@@ -51,30 +57,31 @@ def rows(case: Llama, rounds: int) -> Iterator[dict]:
     AdamW's state.
     """
     torch.compiler.reset()  # dynamo compiles one function a few times only, and then runs it eagerly
-    models, ids, kinds = contenders(case), batch(case), ("eager", "compiled")
+    models, ids = contenders(case, device), token_ids(case, device)
     runs = {f"{name}, eager": step(model, ids) for name, model in models.items()}
     runs |= {f"{name}, compiled": step(torch.compile(model, backend=BACKEND), ids) for name, model in models.items()}
-    made = {name: first(runs[f"{name}, compiled"]) for name in models}
-    seconds = {key: one.seconds for key, one in paired(runs, rounds).items()}
-
-    def over(one: str, other: str) -> dict:
-        return quartiles([a / b for a, b in zip(seconds[one], seconds[other])])
-
+    first_calls = {name: first_call(runs[f"{name}, compiled"], device) for name in models}
+    timing = paired(runs, rounds)
+    size = count_parameters(models["full"]).total
     for name, model in models.items():
-        own = {kind: f"{name}, {kind}" for kind in kinds}
         row = {"model": case.name, "tokens": ids.numel(), "dropout": case.p, "contender": name}
-        row |= {f"{kind}_ms": 1e3 * statistics.median(seconds[key]) for kind, key in own.items()}
-        row["ratio"] = over(own["compiled"], own["eager"])
-        for kind, key in own.items():
-            row[f"{kind}_÷peft"] = over(key, f"peft, {kind}")["median"] if "peft" in models else None
-        row["compile_s"], row["graphs"] = made[name]
-        row |= {f"{kind}_MiB": peak(model, runs[key]) / 2**20 for kind, key in own.items()}
-        size = count_parameters(models["full"]).total
-        yield row | {"size": size, "seconds": {key: seconds[key] for key in own.values()}}
+        for kind in KINDS:
+            row[f"{kind}_ms"] = timing[f"{name}, {kind}"].ms
+        row["ratio"] = ratio(timing, f"{name}, compiled", f"{name}, eager")
+        for kind in KINDS:
+            row[f"{kind}_÷peft"] = median_ratio(timing, f"{name}, {kind}", f"peft, {kind}")
+        row["compile_s"], row["graphs"] = first_calls[name]
+        for kind in KINDS:
+            row[f"{kind}_MiB"] = peak(model, runs[f"{name}, {kind}"], device) / 2**20
+        own = {key: timing[key].seconds for key in (f"{name}, {kind}" for kind in KINDS)}
+        yield row | {"size": size, "seconds": own}
 
 
-def finding(rows: list[dict]) -> str:
-    last = [row for row in rows if row["contender"] == "lora_ref"][-1]
+def summarize_compiled(rows: list[dict]) -> str:
+    own = [row for row in rows if row["contender"] == "lora_ref"]
+    if not own:
+        return "No compiled lora_ref step was timed"
+    last = own[-1]
     peft = f", and {last['compiled_÷peft']:.2f}× compiled peft's" if last["compiled_÷peft"] else ""
     times = f"{last['ratio']['median']:.2f}× its eager time{peft}"
     return f"At {last['model']} parameters a compiled lora_ref step takes {times}"

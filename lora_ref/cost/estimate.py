@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .._checks import check_integer
+from .._checks import check_bool, check_integer
 from ..config import LoRAConfig
 from ..model import add_lora, count_parameters, uncompiled
 from .families import FAMILIES, longest
@@ -137,8 +137,7 @@ def cost(
     """
     batch, length = check_integer(batch, "batch", 1), check_integer(length, "length", 1)
     widths = check_scheme(scheme)
-    if not isinstance(checkpointing, bool):
-        raise TypeError(f"checkpointing must be True or False, got {checkpointing!r}")
+    check_bool(checkpointing, "checkpointing")
     model = _check_model(model, length)
     name = f"{type(model).__name__}, {batch} × {length} tokens, {scheme if isinstance(scheme, str) else 'own scheme'}"
     if config is not None:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .._checks import check_choice
+
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a code; an 8-bit scale for 64 numbers; a 32-bit one for 256 such scales
 
 
@@ -47,10 +49,8 @@ SCHEMES = {
 
 def check_scheme(scheme: str | Scheme) -> Scheme:
     """The scheme of this name, or this scheme itself; ValueError for any other."""
-    if isinstance(scheme, str) and scheme in SCHEMES:
-        return SCHEMES[scheme]
     if not isinstance(scheme, Scheme):
-        raise ValueError(f"scheme = {scheme!r} is unknown; choose {', '.join(map(repr, SCHEMES))}, or pass a Scheme(…)")
+        return SCHEMES[check_choice(scheme, "scheme", SCHEMES, "or pass a Scheme(…)")]
     if scheme.activation not in (2, 4):
         raise ValueError(f"activation = {scheme.activation!r} bytes is not counted; choose 2 or 4")
     return scheme

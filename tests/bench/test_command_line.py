@@ -21,32 +21,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------- rows
-
-
-def test_svd_rows_carry_all_times_and_errors_that_eckart_young_allows():
-    (row,) = bench.svd_rows((96, 64), rounds=2)
-    assert row["shape"] == "96×64" and row["size"] == 96 * 64
-    assert {name: len(times) for name, times in row["seconds"].items()} == {"full": 2, "randomised": 2}
-    assert row["full_error"] == pytest.approx(1, abs=1e-3)
-    assert 1 - 1e-3 < row["randomised_error"] < 1.1
-
-
-def test_projection_rows_count_what_is_built_and_what_is_not(monkeypatch):
-    D, d = 3000, 16
-    rows = {row["projection"]: row for row in bench.projection_rows((D, d), rounds=1)}
-    assert list(rows) == ["dense", "orthonormal", "fastfood"]
-    assert rows["dense"]["bytes"] == rows["orthonormal"]["bytes"] == 4 * D * d
-    assert rows["fastfood"]["bytes"] < rows["dense"]["bytes"] / 2
-    assert all(row["step_ms"] > 0 and row["ratio"]["q1"] > 0 for row in rows.values())
-
-    monkeypatch.setattr(bench, "LARGEST_DENSE", 4 * D * d - 1)
-    rows = {row["projection"]: row for row in bench.projection_rows((D, d), rounds=1)}
-    assert rows["dense"]["bytes"] == 4 * D * d
-    assert rows["dense"]["step_ms"] is rows["dense"]["setup_s"] is rows["fastfood"]["ratio"] is None
-    assert rows["fastfood"]["step_ms"] > 0
-
-
 # ---------------------------------------------------------------- command line
 
 

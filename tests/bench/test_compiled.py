@@ -1,4 +1,4 @@
-"""lora_ref.compile_bench: what is compiled computes the same, in one graph; and the rows.
+"""lora_ref.bench.compiled: what is compiled computes the same, in one graph; and the rows.
 
 Whole models are compiled by the backend aot_eager, which traces the forward, derives the backward and runs both as they
 are: a graph break or another gradient shows there. Inductor would take half a minute and more for each; it compiles
@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from lora_ref import LoRAConfig, add_lora
-from lora_ref.bench import command_line as bench
 from lora_ref.bench import compiled as compile_bench
-from lora_ref.bench.compiled import finding, no_compiler, rows
+from lora_ref.bench.benchmarks import BENCHMARKS
+from lora_ref.bench.command_line import main
+from lora_ref.bench.compiled import measure_compiled, no_compiler, summarize_compiled
 from lora_ref.bench.model import Llama, contenders
+from lora_ref.bench.report import table
 
+CPU = torch.device("cpu")
 TINY = Llama("tiny", hidden=64, layers=2, batch=2, length=9, r=3)
 IDS = torch.arange(18).view(2, 9)
 
@@ -33,14 +36,14 @@ def moved(model):
     """B is 0 at the start, and A's gradient with it: both get numbers of their own."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def gradients(model, loss):
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return dict(zip(found, torch.autograd.grad(loss, list(found.values())), strict=True))
 
 
@@ -56,7 +59,7 @@ def assert_same(model, compiled, loss):
 
 @pytest.mark.parametrize("name", ["lora_ref", "full", "peft"])
 def test_a_compiled_model_is_one_graph_with_the_loss_and_the_gradients_of_the_eager_one(name):
-    model = moved(contenders(TINY)[name])
+    model = moved(contenders(TINY, CPU)[name])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(model, compiled, lambda model: model(input_ids=IDS, labels=IDS).loss)
 
@@ -71,7 +74,7 @@ def test_inductor_computes_an_adapted_block_as_it_is_eagerly():
 
 def test_rows_are_of_each_contender_eager_and_compiled(monkeypatch):
     monkeypatch.setattr(compile_bench, "BACKEND", "aot_eager")
-    found = list(rows(TINY, rounds=2))
+    found = list(measure_compiled(TINY, rounds=2, device=CPU))
     assert [row["contender"] for row in found] == ["lora_ref", "full", "peft"]
     for row in found:
         name = row["contender"]
@@ -82,16 +85,18 @@ def test_rows_are_of_each_contender_eager_and_compiled(monkeypatch):
         assert row["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
         assert 0 < row["eager_MiB"] and 0 < row["compiled_MiB"]
     assert found[2]["eager_÷peft"] == found[2]["compiled_÷peft"] == 1 != found[0]["compiled_÷peft"]
-    assert "compiled lora_ref step" in finding(found) and "× compiled peft's" in finding(found)
-    assert "compiled ÷peft" in bench.table("compile", found)
+    assert "compiled lora_ref step" in summarize_compiled(found) and "× compiled peft's" in summarize_compiled(found)
+    assert "compiled ÷peft" in table("compile", BENCHMARKS["compile"], found)
 
 
 def test_without_peft_the_others_are_timed(monkeypatch):
     monkeypatch.setattr(compile_bench, "BACKEND", "eager")
-    monkeypatch.setattr(compile_bench, "contenders", lambda case: {k: v for k, v in both.items() if k != "peft"})
-    both = contenders(TINY)
-    found = list(rows(TINY, rounds=1))
-    assert [row["compiled_÷peft"] for row in found] == [None, None] and "peft" not in finding(found)
+    monkeypatch.setattr(
+        compile_bench, "contenders", lambda case, device: {name: both[name] for name in both if name != "peft"}
+    )
+    both = contenders(TINY, CPU)
+    found = list(measure_compiled(TINY, rounds=1, device=CPU))
+    assert [row["compiled_÷peft"] for row in found] == [None, None] and "peft" not in summarize_compiled(found)
 
 
 def test_a_missing_compiler_is_said_before_any_timing(monkeypatch, capsys):
@@ -101,10 +106,14 @@ def test_a_missing_compiler_is_said_before_any_timing(monkeypatch, capsys):
     monkeypatch.setattr(compile_bench, "BACKEND", broken)
     monkeypatch.setattr(compile_bench, "paired", lambda *a, **k: pytest.fail("the benchmark ran"))
     with pytest.raises(SystemExit) as stop:
-        bench.main(["compile", "--quick"])
+        main(["compile", "--quick"])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "cannot build code for cpu here" in message and "needs g++" in message
     assert "no working C++ compiler found" in message and "nobody needs" not in message
     assert "triton" in no_compiler("cuda")
     monkeypatch.setattr(compile_bench, "BACKEND", "eager")
     assert no_compiler("cpu") is None
+
+
+def test_the_summary_of_a_case_that_was_interrupted_before_lora_ref_says_so():
+    assert summarize_compiled([{"contender": "full"}]) == "No compiled lora_ref step was timed"
