@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 
 
 def test_a_cpus_environment_is_what_the_schema_demands_and_has_nothing_of_a_gpu():
-    from lora_ref.course.finetune.records import ENVIRONMENT, _faults
+    from lora_ref.course.finetune.records.schema import Environment
 
     found = machine.environment(CPU, 2, 1.5)
-    assert list(_faults(found, ENVIRONMENT, "")) == []
+    assert Environment.model_validate(found).model_dump() == found
     assert (found["device"], found["driver"], found["cuda"], found["processes"]) == ("cpu", None, None, 2)
     assert found["libraries"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
 

@@ -174,7 +174,12 @@ def public_names():
         if not name.startswith("_")
     }
     crossing = {pair for module in MODULES for pair in imports(module) if room(pair[0]) != room(module)}
-    passed_on = {pair for module in MODULES if MODULES[module].name == "__init__.py" for pair in imports(module)}
+    passed_on = {
+        pair
+        for module in ["lora_ref", *(f"lora_ref.{r}" for r in ROOMS)]
+        if module in MODULES
+        for pair in imports(module)
+    }
     for module, name in crossing | passed_on | lesson_imports():
         for _ in range(3):  # a name that a package passes on is described where it is defined
             if name in defined(module) if module in MODULES else False:

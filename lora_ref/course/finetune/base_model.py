@@ -14,7 +14,7 @@ from ..text.documents import count_bytes, encode_documents
 from ..text.pretrain import pretrain
 from .config import BaseModelSettings
 from .hub import load_tokenizer, quiet
-from .run_directory import Workplace
+from .run_directory import RunDirectory
 
 
 def new_model(base: BaseModelSettings, device: str | None = None) -> nn.Module:
@@ -47,28 +47,42 @@ def check_packages(base: BaseModelSettings) -> list[str]:
     return list(base.packages)
 
 
-def make_base(base: BaseModelSettings, place: Workplace, accelerator, progress: bool) -> float:
+def make_base(base: BaseModelSettings, directory: RunDirectory, accelerator, progress: bool) -> float:
     """Pretrain the base into DIR/base, unless it is there; its held-out bits per byte.
 
     Errors: ValueError under FSDP (several processes as DDP will do), or with too little prose.
     """
-    directory = place.directory / "base"
-    if (directory / "bits.json").exists():
-        return json.loads((directory / "bits.json").read_text())["bits_per_byte"]
+    base_directory = directory.path / "base"
+    if (base_directory / "bits.json").exists():
+        return json.loads((base_directory / "bits.json").read_text())["bits_per_byte"]
     if accelerator.distributed_type == "FSDP":
         raise ValueError("a new base is not made under FSDP; run with one process or DDP first, into the same output")
-    corpus = load_corpus(check_packages(base))
     tokenizer = load_tokenizer("prose_llama")
+    model, bits = _pretrained(base, tokenizer, directory, accelerator, progress)
+    if directory.is_main_process:
+        with quiet(bars=False):
+            model.save_pretrained(base_directory)
+        tokenizer.save_pretrained(base_directory)
+        write_json({"bits_per_byte": bits}, base_directory / "bits.json")
+        directory.checkpoint("base").unlink()
+    accelerator.wait_for_everyone()
+    return bits
+
+
+def _pretrained(
+    base: BaseModelSettings, tokenizer, directory: RunDirectory, accelerator, progress: bool
+) -> tuple[nn.Module, float]:
+    """(the model, its held-out bits per byte)."""
+    corpus = load_corpus(check_packages(base))
     if not corpus.held_out:
         raise ValueError(f"base_packages = {base.packages!r} have too little prose to hold some out; name more")
     ids, held_out = (encode_documents(tokenizer, part) for part in corpus)
     torch.manual_seed(0)
     model = new_model(base)
-    place.say(
+    directory.log(
         f"base: {sum(x.numel() for x in model.parameters()):,} parameters, {len(ids):,} tokens of prose, "
         f"{base.steps * base.batch_size * base.length:,} to be seen"
     )
-    checkpoint = place.checkpoint("base")
     history = pretrain(
         model,
         ids,
@@ -81,17 +95,10 @@ def make_base(base: BaseModelSettings, place: Workplace, accelerator, progress: 
         seed=1,
         warmup_steps=base.steps // 10,
         eval_steps=max(1, base.steps // 5),
-        checkpoint_path=checkpoint,
+        checkpoint_path=directory.checkpoint("base"),
         accelerator=accelerator,
         progress=progress,
     )
     bits = history.evaluations[-1][1]
-    place.say(f"base: {bits:.3f} held-out bits per byte after {history.seconds:.0f} s")
-    if place.first:
-        with quiet(bars=False):
-            model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        write_json({"bits_per_byte": bits}, directory / "bits.json")
-        checkpoint.unlink()
-    accelerator.wait_for_everyone()
-    return bits
+    directory.log(f"base: {bits:.3f} held-out bits per byte after {history.seconds:.0f} s")
+    return model, bits

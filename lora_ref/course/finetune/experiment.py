@@ -1,4 +1,4 @@
-"""Fine-tune a language model in full and with LoRA, and compare.
+"""Fine-tune a language model in full and with LoRA, and compare: an experiment and its record.
 
     python -m lora_ref.course.finetune --profile cpu-mini --output DIR
 
@@ -13,117 +13,156 @@ With --parallel-adapters E the search trains up to E adapters at the same time o
 
 import math
 import os
-from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ... import environment as machine
-from ...batched import adapter_parameters, for_each_adapter, single_adapter
-from ...checkpoint import save_adapter
-from ...config import LoRAConfig
-from ...model import count_parameters, merge
-from ..training import History, train
-from ..training.history import Diverged, fault
+from ... import environment
 from .base_model import check_packages, make_base, new_model
-from .config import Profile
+from .config import OptimisationSettings, Profile
 from .hub import load_model, load_tokenizer
-from .preparation import accelerator_for, adapted, check_model, lora_config
-from .profiles import profile
+from .preparation import check_model, make_accelerator
+from .profiles import profile as get_profile
 from .records import FORMAT, load_record, write_record
-from .report import shown_samples, summary, table, training
-from .run_directory import Workplace
-from .search import Trial, best, following, name_of
+from .report import shown_samples, table
+from .run_directory import RunDirectory
+from .search import chosen_lr, next_trials
 from .tasks import Task, make_task
+from .trial import TrialRunner
 
 
 def finetune(name: str = "cpu-mini", output: str | Path = "finetune", *, progress: bool = True, **overrides) -> dict:
-    """Run a profile, with these fields instead of its own, into `output`; return the record.
+    """Run a profile's experiment: full fine-tuning against LoRA, learning rates tuned, several seeds.
 
-    A directory in which the same run was interrupted is gone on with; one in which it is done gives its record.
-    Errors, before anything is written: ValueError (TypeError) for an unknown profile or field, a value out of range,
-    another run's directory, a GPU's profile without a GPU, data without the expected columns or rows, a tokeniser that
-    does not fit the model, a model without the targets; FileNotFoundError, ConnectionError, ImportError for what cannot
-    be had. Later, with the checkpoint kept: MemoryError, KeyboardInterrupt, FloatingPointError when all rates of an arm
-    diverge.
+    A directory in which the same run was interrupted is resumed; one in which it is done gives its record.
+
+    Args:
+        name: the profile, a key of lora_ref.course.finetune.profiles.PROFILES.
+        output: the run's directory, made if need be.
+        progress: show a progress bar on stderr.
+        **overrides: settings instead of the profile's own, by their flat names: steps=50, max_length=128 …
+
+    Returns:
+        The record, as `load_record` gives it.
+
+    Raises:
+        ValueError, TypeError: before anything is written: an unknown profile or setting, a value out of range, another
+            run's directory, a GPU's profile without a GPU, data without the expected columns or rows, a tokeniser that
+            does not fit the model, a model without the targets.
+        FileNotFoundError, ConnectionError, ImportError: before anything is written: what cannot be had.
+        MemoryError, KeyboardInterrupt: later; the checkpoint stays, and the same call resumes.
+        FloatingPointError: all learning rates of an arm diverged.
+
+    Example:
+        >>> finetune("cpu-mini", "out", batch=8)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch is called batch_size now
     """
-    settings = profile(name, **overrides)
-    place = Workplace(output, name, settings.model_dump(mode="json"), first=int(os.environ.get("RANK", 0)) == 0)
-    if (place.directory / "record.json").exists():
-        record = load_record(place.directory / "record.json")
-        if place.first:
-            print(f"{place.directory} has this run, done:\n\n{table(record)}")
+    profile = get_profile(name, **overrides)
+    is_main_process = int(os.environ.get("RANK", 0)) == 0
+    directory = RunDirectory(output, name, profile.model_dump(mode="json"), is_main_process)
+    if (directory.path / "record.json").exists():
+        record = load_record(directory.path / "record.json")
+        if is_main_process:
+            print(f"{directory.path} has this run, done:\n\n{table(record)}")
         return record
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.system.threads or threads)
+    torch.set_num_threads(profile.system.threads or threads)
     try:
-        return Finetuning(name, settings, place, progress).run()
+        return Experiment(name, profile, directory, progress).run()
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or place.interrupted()) from None
+        raise KeyboardInterrupt(str(error) or directory.interruption_message()) from None
     finally:
         torch.set_num_threads(threads)
 
 
-class Finetuning:
-    """One run of one profile: what is checked before it, and its parts."""
+class Experiment:
+    """A profile's experiment in a directory: everything is checked when it is made, `run` does it.
 
-    def __init__(self, name: str, profile: Profile, place: Workplace, progress: bool):
-        self.name, self.profile, self.place, self.progress = name, profile, place, progress
-        self.load = machine.load()
-        self.accelerator = accelerator_for(profile.system)
-        self.processes = self.accelerator.num_processes
-        self.new = profile.base.model == "new"
-        self.source = str((place.directory / "base").resolve()) if self.new else profile.base.model  # adapters name it
-        optimisation = profile.optimisation
-        parts = self.processes * optimisation.gradient_accumulation_steps
-        if optimisation.batch_size % parts:
-            raise ValueError(
-                f"batch_size = {optimisation.batch_size} is no multiple of {self.processes} process(es) × "
-                f"gradient_accumulation_steps = {optimisation.gradient_accumulation_steps}; each must have as many "
-                f"examples: choose a batch_size such as {parts * 4}"
-            )
-        if optimisation.parallel_adapters > 1 and self.processes > 1:
-            raise ValueError(
-                f"parallel_adapters = {optimisation.parallel_adapters}, but parallel adapters share one process, and "
-                f"there are {self.processes}; add --parallel-adapters 1"
-            )
-        if self.new:
+    Errors: those of `finetune` before anything is written.
+    """
+
+    def __init__(self, name: str, profile: Profile, directory: RunDirectory, progress: bool):
+        self.name, self.profile, self.directory, self.progress = name, profile, directory, progress
+        self.load = environment.load()
+        self.accelerator = make_accelerator(profile.system)  # of all processes; each trial has its own
+        _check_processes(profile.optimisation, self.accelerator.num_processes)
+        self.is_new_base = profile.base.model == "new"
+        if self.is_new_base:
             check_packages(profile.base)
-        self.tokenizer = load_tokenizer("prose_llama" if self.new else profile.base.model)
-        self.task: Task = make_task(self.tokenizer, profile)
-        self.task.plan(optimisation.seeds[0])
-        model = new_model(profile.base, "meta") if self.new else self.base(optimisation.seeds[0])
-        check_model(model, self.tokenizer, self.task, profile)
+        tokenizer = load_tokenizer("prose_llama" if self.is_new_base else profile.base.model)
+        self.task: Task = make_task(tokenizer, profile)
+        first_seed = profile.optimisation.seeds[0]
+        self.task.plan(first_seed)
+        model = new_model(profile.base, "meta") if self.is_new_base else self.load_base(first_seed)
+        self.task.read_model(model)
+        check_model(model, tokenizer, self.task, profile)
 
-    def base(self, seed: int) -> nn.Module:
-        """The base model, fresh."""
+    def load_base(self, seed: int) -> nn.Module:
+        """The base model, loaded anew. Adapters name it by this name."""
+        source = str((self.directory.path / "base").resolve()) if self.is_new_base else self.profile.base.model
         labels = getattr(self.task, "labels", None)
-        return load_model(self.source, self.profile.data.task, labels, seed)
+        return load_model(source, self.profile.data.task, labels, seed)
 
     def run(self) -> dict:
-        """All of it; the record."""
-        profile, place = self.profile, self.place
+        """All trials; the record."""
         self.accelerator.wait_for_everyone()  # every process has looked at the directory
-        place.begin()
-        self.accelerator.wait_for_everyone()
-        where = f"{self.accelerator.device}, {self.processes} process(es)"
-        place.say(f"{self.name}: {profile.base.model} on {profile.data.dataset}, {where}")
+        with self.directory.open():
+            self.accelerator.wait_for_everyone()
+            self._log_start()
+            try:
+                bits = self._make_base()
+                runs, diverged = self._run_trials()
+            finally:
+                self.directory.save_elapsed()
+            record = self._record(bits, runs, diverged)
+            if self.directory.is_main_process:
+                write_record(record, self.directory.path / "record.json")
+            self.directory.log("\n" + table(record) + "\n\n" + shown_samples(record))
+            self.directory.log(f"\nwritten to {self.directory.path}: record.json, adapters/, log.txt")
+            self.accelerator.wait_for_everyone()
+        return record
+
+    def _log_start(self) -> None:
+        data, processes = self.profile.data, self.accelerator.num_processes
+        where = f"{self.accelerator.device}, {processes} process(es)"
+        self.directory.log(f"{self.name}: {self.profile.base.model} on {data.dataset}, {where}")
         if self.task.dropped:
-            place.say(f"{self.task.dropped} examples of more than {profile.data.max_length} tokens are left out")
-        try:
-            bits = make_base(profile.base, place, self.accelerator, self.progress) if self.new else None
-            runs, diverged = self.searched()
-        finally:
-            place.stamp()
-        record = {
+            self.directory.log(f"{self.task.dropped} examples of more than {data.max_length} tokens are left out")
+
+    def _make_base(self) -> float | None:
+        if not self.is_new_base:
+            return None
+        return make_base(self.profile.base, self.directory, self.accelerator, self.progress)
+
+    def _run_trials(self) -> tuple[list[dict], list[dict]]:
+        """(the runs, those that diverged), arm by arm: the search, then the other seeds."""
+        optimisation, results, losses = self.profile.optimisation, {}, {}
+        runner = TrialRunner(self.profile, self.task, self.directory, self.load_base, self.progress)
+        while groups := next_trials(optimisation, losses):
+            for trials in groups:
+                results |= zip(trials, runner.run(trials), strict=True)
+                losses = {trial: result.get("validation", math.inf) for trial, result in results.items()}
+        best = {arm: chosen_lr(optimisation, arm, losses) for arm in optimisation.arms}
+        runs, diverged = [], []
+        for trial in sorted(results, key=lambda trial: optimisation.arms.index(trial.arm)):
+            if "reason" in results[trial]:
+                diverged.append(results[trial])
+            else:
+                runs.append(results[trial] | {"chosen": trial.lr == best[trial.arm]})
+        return runs, diverged
+
+    def _record(self, bits: float | None, runs: list[dict], diverged: list[dict]) -> dict:
+        profile, accelerator = self.profile, self.accelerator
+        return {
             "format": FORMAT,
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "profile": self.name,
             "settings": profile.model_dump(mode="json"),
-            "environment": machine.environment(self.accelerator.device, self.processes, self.load),
+            "environment": environment.environment(accelerator.device, accelerator.num_processes, self.load),
             "model": profile.base.model,
             "data": profile.data.dataset,
             "examples": self.task.counts,
@@ -131,164 +170,21 @@ class Finetuning:
             "base_bits_per_byte": bits,
             "runs": runs,
             "diverged": diverged,
-            "seconds": place.seconds(),
-        }
-        if place.first:
-            write_record(record, place.directory / "record.json")
-        place.say("\n" + table(record) + "\n\n" + shown_samples(record))
-        place.say(f"\nwritten to {place.directory}: record.json, adapters/, log.txt")
-        self.accelerator.wait_for_everyone()
-        return record
-
-    def searched(self) -> tuple[list[dict], list[dict]]:
-        """(the runs, those that diverged), arm by arm: the search, then the other seeds."""
-        optimisation, done, known = self.profile.optimisation, {}, {}
-        while groups := following(optimisation, known):
-            for trials in groups:
-                done |= zip(trials, self.done(trials))
-                known = {trial: run.get("validation", math.inf) for trial, run in done.items()}
-        chosen = {arm: best(optimisation, arm, known) for arm in optimisation.arms}
-        ordered = sorted(done, key=lambda trial: optimisation.arms.index(trial.arm))
-        runs = [done[t] | {"chosen": t.rate == chosen[t.arm]} for t in ordered if "reason" not in done[t]]
-        return runs, [done[trial] for trial in ordered if "reason" in done[trial]]
-
-    def done(self, trials: list[Trial]) -> list[dict]:
-        """What the record says of these trainings, which are done at once if there are several.
-
-        Done before, they are read; begun before, they are gone on with.
-        """
-        profile, names, name = self.profile, [name_of([trial]) for trial in trials], name_of(trials)
-        known = [self.place.read(own) for own in names]
-        if None not in known:
-            self.place.drop(name)
-            return known
-        seed, several = trials[0].seed, len(trials) > 1
-        before = self.before(seed)
-        accelerator = self.accelerator = accelerator_for(profile.system)
-        configs = [lora_config(trial.arm, profile.adapter, self.task) for trial in trials]
-        model = adapted(self.base(seed), configs if several else configs[0], profile.system, seed)
-        torch.manual_seed(1009 * seed + accelerator.process_index)
-        plan, meter = self.task.plan(seed), machine.Energy(accelerator.device)
-        try:
-            history = self.train(model, trials, plan, accelerator, name)
-        except Diverged as error:
-            history = History(error.losses, [])
-        joules = meter.joules() if history.resumed_at == 0 and self.processes == 1 else None
-        tokens = [self.task.tokens(chosen) for chosen in plan]
-        if accelerator.distributed_type == "FSDP" and history.evaluations:
-            model = self.gathered(configs[0], seed, name)
-        for e, trial in enumerate(trials):
-            if known[e] is not None:
-                continue
-            own = history.member(e) if several else history
-            if reason := fault(enumerate(own.losses)) or fault(own.evaluations, "the validation loss"):
-                run, said = trial._asdict() | {"reason": reason}, f"diverged: {reason}"
-            else:
-                told = {"together": len(trials), "energy_joules": joules}
-                told |= training(own, tokens, self.probe(plan), len(trials))
-                with single_adapter(model, e) if several else nullcontext():
-                    run = self.outcome(model, configs[e], trial, told, before)
-                said = summary(run)
-            self.place.say(f"{trial.arm:<6} seed {seed}  rate {trial.rate:<8.3g}  {said}")
-            self.place.write(names[e], run)
-        self.place.drop(name)
-        accelerator.free_memory()
-        accelerator.wait_for_everyone()
-        return [self.place.read(own) for own in names]  # the first process's, in all of them
-
-    def outcome(self, model: nn.Module, config: LoRAConfig | None, trial: Trial, told: dict, before: tuple) -> dict:
-        """What the record says of one training: its model is judged, its adapter saved."""
-        count = count_parameters(model)
-        if config is not None and self.profile.system.frozen_dtype == "fp32":
-            merge(model)
-        measures, answers = self.task.judge(model.eval())
-        directory = None if config is None else f"adapters/{name_of([trial])}"
-        if config is not None and self.place.first:
-            save_adapter(model, self.place.directory / directory)
-        asked = self.task.asked()[: self.profile.data.num_samples]
-        return {
-            "arm": trial.arm,
-            "adapter": None if config is None else asdict(config),
-            "seed": trial.seed,
-            "rate": trial.rate,
-            "chosen": False,
-            "parameters_trained": count.trainable,
-            "parameters": count.total,
-            **told,
-            "before": before[0],
-            "after": measures,
-            "samples": [
-                {"input": i, "reference": r, "before": b, "after": a} for (i, r), b, a in zip(asked, before[1], answers)
-            ],
-            "adapter_directory": directory,
+            "seconds": self.directory.elapsed_seconds(),
         }
 
-    def train(self, model: nn.Module, trials: list[Trial], plan: list[list[int]], accelerator, name: str) -> History:
-        optimisation, n, rate, groups = self.profile.optimisation, len(trials), trials[0].rate, None
 
-        def score(model: nn.Module) -> float:
-            return self.task.held_out(model, "validation")
-
-        if n > 1:
-            groups = [{"params": adapter_parameters(model, e), "lr": t.rate} for e, t in enumerate(trials)]
-        try:
-            return train(
-                model,
-                self.task.loss(plan, accelerator.process_index, self.processes, n),
-                optimisation.steps,
-                rate,
-                param_groups=groups,
-                warmup_steps=optimisation.warmup_steps,
-                weight_decay=optimisation.weight_decay,
-                max_grad_norm=optimisation.max_grad_norm,
-                evaluate=score if n == 1 else lambda model: for_each_adapter(model, score),
-                eval_steps=max(1, optimisation.steps // optimisation.num_evals),
-                checkpoint_path=self.place.checkpoint(name),
-                tokens_per_step=n * sum(map(self.task.tokens, plan)) // len(plan),
-                progress=self.progress,
-                accelerator=accelerator,
-                gradient_accumulation_steps=optimisation.gradient_accumulation_steps,
-                memory_step=self.probe(plan),
-            )
-        except MemoryError as error:
-            parts, checkpointing = (
-                optimisation.gradient_accumulation_steps,
-                self.profile.system.gradient_checkpointing,
-            )
-            fewer = f" or --parallel-adapters {n // 2} (now {optimisation.parallel_adapters})" if n > 1 else ""
-            raise MemoryError(
-                f"{error}. The same command resumes from there with --gradient-accumulation-steps {2 * parts} (now "
-                f"{parts}) or --gradient-checkpointing true (now {str(checkpointing).lower()}){fewer}, which change no "
-                f"result; or start again, into another output, with a lower --batch-size ({optimisation.batch_size}) "
-                f"or --max-length ({self.profile.data.max_length})"
-            ) from None
-
-    def probe(self, plan: list[list[int]]) -> int | None:
-        """The step with the largest padded batch, the first one excepted: there its memory is measured."""
-        if self.accelerator.device.type not in ("cpu", "cuda"):
-            return None
-        rows = self.task.rows["train"]
-        return max(range(1, len(plan)), key=lambda t: len(plan[t]) * max(len(rows[i].ids) for i in plan[t]))
-
-    def before(self, seed: int) -> tuple[dict, list[str]]:
-        """What the base scores and answers. A new classifier's head depends on the seed, a language model does not."""
-        name = f"before-seed{seed}" if self.profile.data.task == "classification" else "before"
-        known = self.place.read(name)
-        if known is None:
-            measures, texts = self.task.judge(self.prepared(self.base(seed)))
-            self.place.write(name, {"measures": measures, "texts": texts[: self.profile.data.num_samples]})
-            self.accelerator.wait_for_everyone()
-            known = self.place.read(name)
-        return known["measures"], known["texts"]
-
-    def gathered(self, config: LoRAConfig | None, seed: int, name: str) -> nn.Module:
-        """The trained model whole in every process, from the checkpoint: after FSDP each has a share only."""
-        model = adapted(self.base(seed), config, self.profile.system, seed)
-        saved = torch.load(self.place.checkpoint(name), map_location="cpu", weights_only=True)["model"]
-        model.load_state_dict(saved, strict=False)
-        return self.prepared(model)
-
-    def prepared(self, model: nn.Module) -> nn.Module:
-        """The model where and as it is run, for evaluation alone."""
-        accelerator = accelerator_for(self.profile.system)
-        return accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True).eval()
+def _check_processes(optimisation: OptimisationSettings, processes: int) -> None:
+    """Refuse a batch that the processes cannot share, and parallel adapters in several processes."""
+    parts = processes * optimisation.gradient_accumulation_steps
+    if optimisation.batch_size % parts:
+        raise ValueError(
+            f"batch_size = {optimisation.batch_size} is no multiple of {processes} process(es) × "
+            f"gradient_accumulation_steps = {optimisation.gradient_accumulation_steps}; each must have as many "
+            f"examples: choose a batch_size such as {parts * 4}"
+        )
+    if optimisation.parallel_adapters > 1 and processes > 1:
+        raise ValueError(
+            f"parallel_adapters = {optimisation.parallel_adapters}, but parallel adapters share one process, and there "
+            f"are {processes}; add --parallel-adapters 1"
+        )

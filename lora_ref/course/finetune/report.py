@@ -6,9 +6,9 @@ from ...measure import quartiles
 from ..training import History
 
 
-def training(history: History, tokens: list[int], probe: int | None, together: int = 1) -> dict:
+def training_results(history: History, tokens: list[int], memory_step: int | None, parallel_adapters: int = 1) -> dict:
     """The record's account of one run's training; of several at once, speed, memory and seconds are those of all."""
-    return speed(history, tokens, probe, together) | {
+    return speed(history, tokens, memory_step, parallel_adapters) | {
         "peak_bytes": peak(history),
         "losses": history.losses,
         "curve": [{"step": step, "loss": loss} for step, loss in history.evaluations],
@@ -17,13 +17,13 @@ def training(history: History, tokens: list[int], probe: int | None, together: i
     }
 
 
-def speed(history: History, tokens: list[int], probe: int | None, together: int = 1) -> dict:
+def speed(history: History, tokens: list[int], memory_step: int | None, parallel_adapters: int = 1) -> dict:
     """The record's tokens (one run's), tokens_per_s, step_ms; the first step and the measured one are no fair ones."""
-    fair = [t for t in range(len(tokens)) if t not in (0, probe)] or list(range(len(tokens)))
+    fair = [t for t in range(len(tokens)) if t not in (0, memory_step)] or list(range(len(tokens)))
     seconds = [history.step_seconds[t] for t in fair]
     return {
         "tokens": sum(tokens),
-        "tokens_per_s": together * sum(tokens[t] for t in fair) / sum(seconds),
+        "tokens_per_s": parallel_adapters * sum(tokens[t] for t in fair) / sum(seconds),
         "step_ms": {name: 1e3 * value for name, value in quartiles(seconds).items()},
     }
 
@@ -40,7 +40,7 @@ def peak(history: History) -> dict:
 
 def summary(run: dict) -> str:
     """What came out, in a line."""
-    others = "" if run["together"] == 1 else f" by {run['together']} adapters at once"
+    others = "" if run["parallel_adapters"] == 1 else f" by {run['parallel_adapters']} adapters at once"
     names = {"loss": "loss {:.3f}", "bleu": "BLEU {:.1f}", "slot_errors": "slot errors {:.3f}"}
     names |= {"accuracy": "accuracy {:.3f}", "f1": "F1 {:.3f}"}
     said = [form.format(run["after"][key]) for key, form in names.items() if run["after"][key] is not None]
@@ -55,9 +55,20 @@ def summary(run: dict) -> str:
 
 
 def table(record: dict) -> str:
-    """The arms at their best rates, means over seeds ± their standard deviation, beside the untrained base.
+    """The arms at their best learning rates, beside the untrained base: means over seeds ± their standard deviation.
 
     Speed and memory are those of runs that trained alone, where there are any.
+
+    Args:
+        record: as `load_record` gives it.
+
+    Returns:
+        A table as text, and a line that says where and how long it ran.
+
+    Example:
+        >>> from lora_ref.course.finetune.records import load_record
+        >>> print(table(load_record("cpu-mini")).splitlines()[0])
+         arm    trained   share   rate           loss        bleu    slot errors  tokens/s  ms/step  peak MB
     """
     measures = [
         k for k in ("loss", "bleu", "slot_errors", "accuracy", "f1") if record["runs"][0]["after"][k] is not None
@@ -75,12 +86,12 @@ def table(record: dict) -> str:
     rows = [["base", "0", "0 %", "", *(_mean([record["runs"][0]["before"][k]]) for k in measures), "", "", ""]]
     for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
         runs = [run for run in record["runs"] if run["arm"] == arm and run["chosen"]]
-        one, alone = runs[0], [run for run in runs if run["together"] == 1]
+        one, alone = runs[0], [run for run in runs if run["parallel_adapters"] == 1]
         peaks = [run["peak_bytes"]["total"] for run in alone] or [None]
         speeds = [run["tokens_per_s"] for run in alone], [run["step_ms"]["median"] for run in alone]
         share = 100 * one["parameters_trained"] / one["parameters"]
         rows.append(
-            [arm, f"{one['parameters_trained']:,}", f"{share:.3g} %", f"{one['rate']:.2g}"]
+            [arm, f"{one['parameters_trained']:,}", f"{share:.3g} %", f"{one['lr']:.2g}"]
             + [_mean([run["after"][k] for run in runs]) for k in measures]
             + [f"{statistics.mean(v):,.{digits}f}" if v else "unknown" for v, digits in zip(speeds, (0, 1))]
             + ["unknown" if None in peaks else f"{max(peaks) / 1e6:,.1f}"]
@@ -100,7 +111,20 @@ def _mean(values: list[float]) -> str:
 
 
 def shown_samples(record: dict, n: int = 2) -> str:
-    """The first samples: what was asked, the reference, the base's answer, each arm's."""
+    """The first samples: the input, the reference, the base's answer, each arm's.
+
+    Args:
+        record: as `load_record` gives it.
+        n: how many.
+
+    Returns:
+        The samples as text.
+
+    Example:
+        >>> from lora_ref.course.finetune.records import load_record
+        >>> [line.split()[0] for line in shown_samples(load_record("cpu-mini"), 1).splitlines()[1:]]
+        ['reference', 'base', 'full', 'r=8']
+    """
     chosen = {run["arm"]: run for run in reversed(record["runs"]) if run["chosen"]}
     first = next(iter(chosen.values()))["samples"][:n]
     lines = []

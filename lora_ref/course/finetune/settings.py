@@ -6,12 +6,12 @@
 Nothing is declared here: all of it is read from the JSON schema of lora_ref.course.finetune.config.Profile.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from ..._checks import did_you_mean
 from .config import Profile
 
 KINDS = {"integer": int, "number": float, "boolean": bool, "string": str}  # of JSON schema
@@ -139,13 +139,6 @@ def override(profile: Profile, **flat: object) -> Profile:
     """The profile with these settings, by flat name, instead of its own. Errors as nest's and to_profile's."""
     changes = nest(flat)
     return to_profile({group: own | changes[group] for group, own in profile.model_dump().items()})
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name."""
-    known = list(known)
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(map(repr, found))}?" if found else f"there are {', '.join(known)}"
 
 
 def _in_words(error: ValidationError) -> ValueError | TypeError:

@@ -1,11 +1,11 @@
-"""course/new_base.py: the base model that is made without a network."""
+"""base_model: the base model that is made without a network."""
 
 import pytest
 
 from lora_ref.course.finetune.base_model import check_packages, make_base, new_model
-from lora_ref.course.finetune.preparation import accelerator_for
+from lora_ref.course.finetune.preparation import make_accelerator
 from lora_ref.course.finetune.profiles import PROFILES, profile
-from lora_ref.course.finetune.run_directory import Workplace
+from lora_ref.course.finetune.run_directory import RunDirectory
 from lora_ref.course.text.corpus import PACKAGES
 
 SMALL = {
@@ -34,9 +34,9 @@ def test_a_base_that_is_there_is_not_made_again_and_too_little_prose_is_refused(
     from lora_ref.course.finetune import base_model as new_base
     from lora_ref.course.text.corpus import Corpus
 
-    accelerator = accelerator_for(TINY.system)
-    place = Workplace(tmp_path / "out", "gpu-offline", {})
-    place.begin()
+    accelerator = make_accelerator(TINY.system)
+    place = RunDirectory(tmp_path / "out", "gpu-offline", {})
+    place.open().__enter__()
     monkeypatch.setattr(new_base, "load_corpus", lambda packages: Corpus(["a"], []))
     refused(lambda: make_base(TINY.base, place, accelerator, False), "too little prose", "name more")
     texts = [f"This is sentence number {i} of a few." for i in range(40)]

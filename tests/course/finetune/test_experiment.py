@@ -112,7 +112,7 @@ def test_the_adapter_loads_here_and_in_peft_and_gives_the_recorded_loss(done, mo
     task = tasks.make_task(module.load_tokenizer(model), named("cpu-mini", model=model, **SMALL))
     for load in (lambda base, where: load_adapter(base, where), PeftModel.from_pretrained):
         adapted = load(load_model(model), str(directory / run["adapter_directory"])).eval()
-        assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
+        assert task.held_out_loss(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
 
 
 def test_the_adapter_names_its_base_and_pefts_auto_class_finds_it(done, model):
@@ -165,7 +165,7 @@ def test_two_processes_end_with_one_processs_adapter_and_one_of_them_writes(done
 
 def interrupt(monkeypatch, at, error=None):
     """The at-th batch that is scored in training raises, or sends an interrupt."""
-    total, seen = tasks.TextTask.total, []
+    total, seen = tasks.DataToTextTask.summed_loss, []
 
     def counted(self, model, rows):
         if model.training:
@@ -176,7 +176,7 @@ def interrupt(monkeypatch, at, error=None):
                 os.kill(os.getpid(), signal.SIGINT)
         return total(self, model, rows)
 
-    monkeypatch.setattr(tasks.TextTask, "total", counted)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", counted)
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_ends_the_same(done, model, tmp_path, monkeypatch, capsys):
@@ -206,7 +206,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    early = "\ninterrupted before the first step; nothing is lost, and the same command begins anew\n"
+    early = "\ninterrupted before the first step; nothing is lost, and the same command starts again\n"
     for where, what in (
         (command_line, "arguments"),
         (module, "load_tokenizer"),
@@ -221,7 +221,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_adapter", interrupted)  # the second arm's: the first has none
         assert main(argv(tmp_path / "run", model=model)) == 130
-    said = f"interrupted between two steps; {tmp_path / 'run'} holds what was done, and the same command goes on"
+    said = f"interrupted between two steps; {tmp_path / 'run'} holds what was done, and the same command resumes"
     assert capsys.readouterr().err == f"\n{said}\n"
     interrupt(monkeypatch, 1)  # all steps were made
     assert main(argv(tmp_path / "run", model=model)) == 0
@@ -274,7 +274,7 @@ def test_what_goes_wrong_between_the_steps_is_said_too(model, tmp_path, monkeypa
     def fails(self, model):
         raise error
 
-    monkeypatch.setattr(tasks.TextTask, "judge", fails)
+    monkeypatch.setattr(tasks.DataToTextTask, "evaluate", fails)
     assert main(argv(tmp_path / "run", model=model)) == 1
     assert says in capsys.readouterr().err
 
@@ -287,28 +287,30 @@ def test_rates_are_chosen_on_validation_examples_and_other_seeds_run_at_the_best
         model=model,
         **SMALL | {"arms": ("r=3",), "lora_lrs": (1e-4, 1e-3), "seeds": (3, 5), "steps": 4, "num_evals": 1},
     )
-    first = {run["rate"]: run["validation"] for run in found["runs"] if run["seed"] == 3}
+    first = {run["lr"]: run["validation"] for run in found["runs"] if run["seed"] == 3}
     assert len(first) > 2 and max(first) == pytest.approx(1e-3 * 10 ** (len(first) - 2))  # it went on upwards
     best = min(first, key=first.get)
-    assert {(run["seed"], run["rate"]) for run in found["runs"] if run["chosen"]} == {(3, best), (5, best)}
+    assert {(run["seed"], run["lr"]) for run in found["runs"] if run["chosen"]} == {(3, best), (5, best)}
     assert len(list((tmp_path / "run" / "adapters").iterdir())) == len(found["runs"])
 
 
 def test_runs_that_diverge_are_recorded_apart_and_all_of_them_is_an_error(model, tmp_path, monkeypatch, capsys):
-    total = tasks.TextTask.total
+    total = tasks.DataToTextTask.summed_loss
 
     def explodes(self, model, rows):
         value = total(self, model, rows)
         return value * float("nan") if model.training and self.explode(value) else value
 
     tasks_ = []
-    monkeypatch.setattr(tasks.TextTask, "total", explodes)
-    monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: len(tasks_) < 1 and not tasks_.append(1), False)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", explodes)
+    monkeypatch.setattr(
+        tasks.DataToTextTask, "explode", lambda self, value: len(tasks_) < 1 and not tasks_.append(1), False
+    )
     changes = SMALL | {"arms": ("full",), "full_lrs": (1e-3, 2e-3), "steps": 2, "num_evals": 1}
     found = finetune("cpu-mini", tmp_path / "one", progress=False, model=model, **changes)
-    assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [(1e-3, "the loss is nan at step 0")]
-    assert all(run["rate"] > 1e-3 for run in found["runs"])
-    monkeypatch.setattr(tasks.TextTask, "explode", lambda self, value: True)
+    assert [(run["lr"], run["reason"]) for run in found["diverged"]] == [(1e-3, "the loss is nan at step 0")]
+    assert all(run["lr"] > 1e-3 for run in found["runs"])
+    monkeypatch.setattr(tasks.DataToTextTask, "explode", lambda self, value: True)
     words = argv(tmp_path / "all", model=model, arms=("full",), full_lrs=(1e-3,))
     assert main(words) == 1
     assert "full diverged at every rate, 0.001; lower full_lrs" in capsys.readouterr().err
@@ -340,12 +342,12 @@ def searched(model, tmp_path_factory):
 
 def same(mine, theirs, exact=False):
     """Runs of the same trainings came out alike."""
-    key = lambda run: (run["arm"], run["seed"], float(f"{run['rate']:.6g}"))  # noqa: E731
+    key = lambda run: (run["arm"], run["seed"], float(f"{run['lr']:.6g}"))  # noqa: E731
     assert list(map(key, mine)) == list(map(key, theirs))
     for a, b in zip(mine, theirs):
         assert all(a[k] == b[k] for k in ("chosen", "adapter", "parameters", "parameters_trained", "tokens", "before"))
         assert a["losses"] == (b["losses"] if exact else pytest.approx(b["losses"], rel=1e-4))
-        chaotic = 3e-3 if a["rate"] > 0.5 else 1e-4
+        chaotic = 3e-3 if a["lr"] > 0.5 else 1e-4
         close = (lambda x: x) if exact else (lambda x: pytest.approx(x, rel=chaotic))
         assert a["validation"] == close(b["validation"]) and a["after"]["loss"] == close(b["after"]["loss"])
         assert [point["loss"] for point in a["curve"]] == close([point["loss"] for point in b["curve"]])
@@ -355,10 +357,10 @@ def test_adapters_trained_at_once_come_to_the_same_rates_losses_and_adapters(sea
     (alone, one), (directory, record) = searched[1], searched[3]
     assert check_record(record)["settings"]["optimisation"]["parallel_adapters"] == 3 and record["diverged"] == []
     same(record["runs"], one["runs"])
-    assert {run["together"] for run in one["runs"]} == {1}
-    numbers = [run["together"] for run in record["runs"] if run["arm"] != "full" and run["seed"] == 0]
+    assert {run["parallel_adapters"] for run in one["runs"]} == {1}
+    numbers = [run["parallel_adapters"] for run in record["runs"] if run["arm"] != "full" and run["seed"] == 0]
     assert {1, 3} <= set(numbers) <= {1, 2, 3} and numbers.count(3) == 3
-    assert {run["together"] for run in record["runs"] if run["arm"] == "full" or run["seed"] == 4} == {1}
+    assert {run["parallel_adapters"] for run in record["runs"] if run["arm"] == "full" or run["seed"] == 4} == {1}
     assert {run["arm"] for run in record["runs"] if run["seed"] == 4} == {"full", "r=2", "r=3"}
     expected = {path.parent.name: load_file(path) for path in alone.glob("adapters/*/*.safetensors")}
     found = {path.parent.name: load_file(path) for path in directory.glob("adapters/*/*.safetensors")}
@@ -368,26 +370,26 @@ def test_adapters_trained_at_once_come_to_the_same_rates_losses_and_adapters(sea
             torch.testing.assert_close(value, expected[name][key], rtol=1e-2, atol=1e-4)
     task = tasks.make_task(module.load_tokenizer(model), named("cpu-mini", model=model, **SEARCH))
     for run in record["runs"]:
-        if run["together"] > 1:
+        if run["parallel_adapters"] > 1:
             adapted = load_adapter(load_model(model), directory / run["adapter_directory"]).eval()
-            assert task.held_out(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
+            assert task.held_out_loss(adapted, "test") == pytest.approx(run["after"]["loss"], rel=1e-5)
     assert list((directory / "checkpoints").iterdir()) == []
 
 
 def test_at_once_the_speed_and_the_memory_are_those_of_all(searched):
     _, record = searched[3]
-    run = next(run for run in record["runs"] if run["together"] == 3)
+    run = next(run for run in record["runs"] if run["parallel_adapters"] == 3)
     group = [other for other in record["runs"] if other["step_ms"] == run["step_ms"]]
     assert len(group) == 3 and len({json.dumps([o["peak_bytes"], o["seconds"]]) for o in group}) == 1
     assert run["peak_bytes"]["gradients"] == 4 * sum(other["parameters_trained"] for other in group)
     _, one = searched[1]
-    single = next(o for o in one["runs"] if (o["arm"], o["rate"]) == (run["arm"], run["rate"]))
+    single = next(o for o in one["runs"] if (o["arm"], o["lr"]) == (run["arm"], run["lr"]))
     held = sum(4 * o["parameters_trained"] for o in group) - 4 * run["parameters_trained"]
     assert run["peak_bytes"]["weights"] - single["peak_bytes"]["weights"] - held < 1000  # the base is there once
 
 
 def test_interrupted_within_a_group_it_goes_on_and_ends_the_same(searched, model, tmp_path, monkeypatch, capsys):
-    total, seen = tasks.TextTask.total, []
+    total, seen = tasks.DataToTextTask.summed_loss, []
 
     def counted(self, model, rows, *copies):
         if model.training and copies:
@@ -396,23 +398,23 @@ def test_interrupted_within_a_group_it_goes_on_and_ends_the_same(searched, model
                 os.kill(os.getpid(), signal.SIGINT)
         return total(self, model, rows, *copies)
 
-    monkeypatch.setattr(tasks.TextTask, "total", counted)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", counted)
     words = argv(tmp_path / "run", model=model, parallel_adapters=3, **{k: v for k, v in SEARCH.items() if k != "arms"})
     words += ["--arms", *SEARCH["arms"]]
     assert main(words) == 130 and "stopped after step 3 of 4" in capsys.readouterr().err
     [left] = (tmp_path / "run" / "checkpoints").iterdir()
     assert re.fullmatch(r"r2-seed0-0.001-and-2-more-[0-9a-f]{12}\.pt", left.name)
-    write, members = module.Workplace.write, []
+    write, members = module.RunDirectory.write, []
 
     def killed(self, name, content):
-        if content.get("together") == 3:
+        if content.get("parallel_adapters") == 3:
             members.append(name)
             if len(members) == 2:
                 raise KeyboardInterrupt
         write(self, name, content)
 
     with monkeypatch.context() as patch:  # then between the files of two members
-        patch.setattr(module.Workplace, "write", killed)
+        patch.setattr(module.RunDirectory, "write", killed)
         assert main(words) == 130
     assert left.exists() and len(members) == 2 and len(seen) == 4
     assert main(words) == 0
@@ -424,14 +426,14 @@ def test_interrupted_within_a_group_it_goes_on_and_ends_the_same(searched, model
 
 
 def test_begun_with_more_at_once_it_may_go_on_with_fewer(searched, model, tmp_path, monkeypatch, capsys):
-    total = tasks.TextTask.total
+    total = tasks.DataToTextTask.summed_loss
 
     def full(self, model, rows, *copies):
         if copies == (3,) and model.training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return total(self, model, rows, *copies)
 
-    monkeypatch.setattr(tasks.TextTask, "total", full)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", full)
     with pytest.raises(MemoryError, match=r"or --parallel-adapters 1 \(now 3\), which change no result"):
         finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=3, **SEARCH)
     record = finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=1, **SEARCH)
@@ -439,7 +441,7 @@ def test_begun_with_more_at_once_it_may_go_on_with_fewer(searched, model, tmp_pa
 
 
 def test_of_adapters_at_once_those_that_diverge_are_recorded_apart(searched, model, tmp_path, monkeypatch):
-    total, lost = tasks.TextTask.total, []
+    total, lost = tasks.DataToTextTask.summed_loss, []
 
     def explodes(self, model, rows, *copies):
         value = total(self, model, rows, *copies)
@@ -448,24 +450,24 @@ def test_of_adapters_at_once_those_that_diverge_are_recorded_apart(searched, mod
             return value * torch.tensor([1.0, 1.0, float("nan")])
         return value
 
-    monkeypatch.setattr(tasks.TextTask, "total", explodes)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", explodes)
     changes = SEARCH | {"arms": ("r=2", "r=3"), "lora_lrs": (1e-3, 1e-2), "seeds": (0,)}
     found = finetune("cpu-mini", tmp_path, progress=False, model=model, parallel_adapters=3, **changes)
     assert [tuple(run.values()) for run in found["diverged"]] == [("r=3", 0, 1e-3, "the loss is nan at step 0")]
-    theirs = {(run["arm"], run["rate"]): run["losses"] for run in searched[3][1]["runs"] if run["seed"] == 0}
+    theirs = {(run["arm"], run["lr"]): run["losses"] for run in searched[3][1]["runs"] if run["seed"] == 0}
     for arm, rate in (("r=2", 1e-3), ("r=2", 1e-2), ("r=3", 1e-2)):
-        [run] = [run for run in found["runs"] if (run["arm"], run["rate"]) == (arm, rate)]
+        [run] = [run for run in found["runs"] if (run["arm"], run["lr"]) == (arm, rate)]
         assert run["losses"] == pytest.approx(theirs[arm, rate], rel=1e-6)
     assert not (tmp_path / "adapters" / "r3-seed0-0.001").exists()
 
 
 def test_when_all_at_once_diverge_it_is_said_of_each_and_is_an_error(model, tmp_path, monkeypatch, capsys):
-    total = tasks.TextTask.total
+    total = tasks.DataToTextTask.summed_loss
 
     def explodes(self, model, rows, *copies):
         return total(self, model, rows, *copies) * (float("inf") if model.training else 1)
 
-    monkeypatch.setattr(tasks.TextTask, "total", explodes)
+    monkeypatch.setattr(tasks.DataToTextTask, "summed_loss", explodes)
     changes = {"arms": ("r=3",), "lora_lrs": (1e-3, 1e-2), "parallel_adapters": 2, "model": model}
     assert main(argv(tmp_path, **changes)) == 1
     said = capsys.readouterr()
@@ -474,24 +476,22 @@ def test_when_all_at_once_diverge_it_is_said_of_each_and_is_an_error(model, tmp_
 
 
 def test_a_run_that_ends_with_a_validation_loss_that_is_not_finite_has_diverged(model, tmp_path, monkeypatch):
-    held_out, seen = tasks.TextTask.held_out, []
+    held_out, seen = tasks.DataToTextTask.held_out_loss, []
 
     def explodes(self, model, part):
         seen.append(part)
         return float("nan") if len(seen) == 3 else held_out(self, model, part)
 
-    monkeypatch.setattr(tasks.TextTask, "held_out", explodes)
+    monkeypatch.setattr(tasks.DataToTextTask, "held_out_loss", explodes)
     changes = SMALL | {"arms": ("full",), "full_lrs": (1e-3, 2e-3), "steps": 2, "num_evals": 1}
     found = finetune("cpu-mini", tmp_path, progress=False, model=model, **changes)
-    assert [(run["rate"], run["reason"]) for run in found["diverged"]] == [
-        (1e-3, "the validation loss is nan at step 2")
-    ]
+    assert [(run["lr"], run["reason"]) for run in found["diverged"]] == [(1e-3, "the validation loss is nan at step 2")]
 
 
 def test_several_processes_train_no_adapters_at_once(model, tmp_path, monkeypatch, capsys):
-    accelerator = module.accelerator_for(named("cpu-mini").system)
+    accelerator = module.make_accelerator(named("cpu-mini").system)
     fake = type("Two", (), {"num_processes": 2, "device": accelerator.device})()
-    monkeypatch.setattr(module, "accelerator_for", lambda system: fake)
+    monkeypatch.setattr(module, "make_accelerator", lambda system: fake)
     assert main(argv(tmp_path / "out", model=model, parallel_adapters=2)) == 2
     assert "parallel_adapters = 2" in (said := capsys.readouterr().err) and "--parallel-adapters 1" in said
     assert not (tmp_path / "out").exists()
@@ -571,7 +571,7 @@ def test_glue_from_local_directories_trains_head_and_adapter(tmp_path, profile, 
     task = tasks.make_task(module.load_tokenizer(name), to_profile(found["settings"]))
     for load in (load_adapter, PeftModel.from_pretrained):
         base = load_model(name, "classification", 2, seed=1)
-        assert task.judge(load(base, where).eval())[0]["accuracy"] == adapted["after"]["accuracy"]
+        assert task.evaluate(load(base, where).eval())[0]["accuracy"] == adapted["after"]["accuracy"]
 
 
 def test_offline_pretrains_a_base_and_fine_tunes_it(tmp_path, monkeypatch):

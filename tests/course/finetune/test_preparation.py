@@ -1,4 +1,4 @@
-"""course/arms.py: what is frozen, what is trained, in which type; and what does not fit."""
+"""preparation: what is frozen, what is trained, in which type; and what does not fit."""
 
 import copy
 import os
@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_ref.batched import adapter_parameters
 from lora_ref.course.finetune.hub import load_model, load_tokenizer
-from lora_ref.course.finetune.preparation import accelerator_for, adapted, check_model, lora_config
+from lora_ref.course.finetune.preparation import check_model, lora_config, make_accelerator, prepare_model
 from lora_ref.course.finetune.profiles import profile
-from lora_ref.course.finetune.tasks import Task, make_task
+from lora_ref.course.finetune.tasks import ClassificationTask, Task, make_task
 from lora_ref.course.training import train
 from tests.course.finetune.tiny_models import llama, roberta
 
@@ -41,14 +41,14 @@ def setting(**changes):
     return profile("cpu-mini", **SMALL | changes)
 
 
-def config(own, task=None):
-    return lora_config("r=3", own.adapter, task)
+def config(own, head_modules=None):
+    return lora_config("r=3", own.adapter, head_modules)
 
 
 def test_lora_trains_its_factors_alone_in_float32_over_a_frozen_base_of_16_bits(model):
     own = setting(frozen_dtype="bf16")
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    adapted(model, config(own), own.system, seed=0)
+    prepare_model(model, config(own), own.system, seed=0)
     trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
     assert all("lora_" in name for name in trained) and len(trained) == 2 * 7 * 2
     assert {x.dtype for x in trained.values()} == {torch.float32}
@@ -60,14 +60,14 @@ def test_lora_trains_its_factors_alone_in_float32_over_a_frozen_base_of_16_bits(
 
 def test_full_fine_tuning_trains_all_in_float32_whatever_lora_freezes(model):
     own = setting(frozen_dtype="bf16")
-    adapted(model.requires_grad_(False), None, own.system, seed=0)
+    prepare_model(model.requires_grad_(False), None, own.system, seed=0)
     assert all(x.requires_grad and x.dtype == torch.float32 for x in model.parameters())
 
 
 def test_the_start_is_drawn_from_the_seed_and_from_nothing_else(base, rng_untouched):
     own = setting()
     factors = [
-        [x for x in adapted(copy.deepcopy(base), config(own), own.system, seed).parameters() if x.requires_grad]
+        [x for x in prepare_model(copy.deepcopy(base), config(own), own.system, seed).parameters() if x.requires_grad]
         for seed in (0, 0, 1)
     ]
     assert all(torch.equal(a, b) for a, b in zip(factors[0], factors[1]))
@@ -78,11 +78,13 @@ def test_the_start_is_drawn_from_the_seed_and_from_nothing_else(base, rng_untouc
 def test_adapters_side_by_side_begin_as_each_does_alone_over_one_frozen_base(base, frozen):
     own = setting(frozen_dtype=frozen, gradient_checkpointing=True)
     configs = [lora_config(arm, own.adapter, None) for arm in ("r=3", "r=2", "r=3")]
-    model = adapted(copy.deepcopy(base), configs, own.system, seed=4)
+    model = prepare_model(copy.deepcopy(base), configs, own.system, seed=4)
     assert {x.dtype for x in model.parameters() if not x.requires_grad} == {{"fp32": F32, "bf16": BF16}[frozen]}
     assert getattr(model.model.layers[0], "gradient_checkpointing", False)
     for e, each in enumerate(configs):
-        expected = [x for x in adapted(copy.deepcopy(base), each, own.system, seed=4).parameters() if x.requires_grad]
+        expected = [
+            x for x in prepare_model(copy.deepcopy(base), each, own.system, seed=4).parameters() if x.requires_grad
+        ]
         for mine, theirs in zip(adapter_parameters(model, e), expected, strict=True):
             assert mine.dtype == F32 and mine.requires_grad and torch.equal(mine, theirs)
 
@@ -92,10 +94,10 @@ def test_checkpointing_gives_the_same_gradients_with_frozen_inputs(base, frozen)
     task, found = make_task(load_tokenizer("prose_llama"), setting()), []
     for checkpointing in (False, True):
         own = setting(gradient_checkpointing=checkpointing, frozen_dtype=frozen)
-        model = adapted(copy.deepcopy(base), config(own), own.system, seed=0).train()
+        model = prepare_model(copy.deepcopy(base), config(own), own.system, seed=0).train()
         assert getattr(model.model.layers[0], "gradient_checkpointing", False) is checkpointing
         assert not model.model.embed_tokens.weight.requires_grad
-        total = task.total(model, task.rows["train"][:4])
+        total = task.summed_loss(model, task.rows["train"][:4])
         total.backward()
         found.append([x.grad for x in model.parameters() if x.requires_grad])
     assert any(g.abs().max() > 0 for g in found[0])
@@ -105,7 +107,7 @@ def test_checkpointing_gives_the_same_gradients_with_frozen_inputs(base, frozen)
 
 def test_tied_embeddings_stay_tied_when_they_are_trained(model):
     own = setting()
-    adapted(model, None, own.system, seed=0)
+    prepare_model(model, None, own.system, seed=0)
     task = make_task(load_tokenizer("prose_llama"), own)
     before = model.lm_head.weight.detach().clone()
     train(model, task.loss(task.plan(0)), 2, 1e-3)
@@ -117,10 +119,14 @@ def test_a_classifiers_head_is_trained_in_full_and_in_float32(tmp_path):
     model = load_model(roberta(tmp_path), "classification", 2)
     types = {"frozen_dtype": "bf16", "precision": "bf16"}
     own = setting(task="classification", model="x", target_modules=("query",), max_length=40, **types)
-    task = Task(None, own, {})
+    task = ClassificationTask.__new__(ClassificationTask)  # without data
+    Task.__init__(task, None, own, {})
+    before = {name: x.requires_grad for name, x in model.named_parameters()}
+    task.read_model(model)
     check_model(model, load_tokenizer(str(tmp_path)), task, own)
-    assert task.head == ["classifier"] and task.types is False
-    adapted(model, config(own, task), own.system, seed=0)
+    assert {name: x.requires_grad for name, x in model.named_parameters()} == before
+    assert task.head_modules == ["classifier"] and task.has_token_types is False
+    prepare_model(model, config(own, task.head_modules), own.system, seed=0)
     names = {name for name, x in model.named_parameters() if x.requires_grad and "lora_" not in name}
     assert names == {f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
     assert {x.dtype for x in model.parameters() if x.requires_grad} == {torch.float32}
@@ -128,7 +134,7 @@ def test_a_classifiers_head_is_trained_in_full_and_in_float32(tmp_path):
 
 def test_what_does_not_fit_is_refused(base, refused, tmp_path):
     class Text(Task):
-        def longest(self):
+        def longest_sequence(self):
             return 99
 
     tokenizer = load_tokenizer("prose_llama")
@@ -163,10 +169,10 @@ def test_what_does_not_fit_is_refused(base, refused, tmp_path):
 def test_accelerators_of_different_kinds_follow_each_other(refused):
     assert "WORLD_SIZE" not in os.environ
     for precision in ("fp32", "bf16", "fp32"):
-        accelerator = accelerator_for(setting(precision=precision).system)
+        accelerator = make_accelerator(setting(precision=precision).system)
         assert accelerator.mixed_precision == ("no" if precision == "fp32" else precision)
         assert accelerator.device.type == "cpu" and accelerator.num_processes == 1
-    refused(lambda: accelerator_for(setting(precision="fp16").system), "precision = 'fp16' needs a GPU", "'bf16'")
+    refused(lambda: make_accelerator(setting(precision="fp16").system), "precision = 'fp16' needs a GPU", "'bf16'")
 
 
 def test_a_gpu_is_wanted_where_the_profile_says_so_and_the_accelerator_chooses_which(monkeypatch, refused):
@@ -175,13 +181,13 @@ def test_a_gpu_is_wanted_where_the_profile_says_so_and_the_accelerator_chooses_w
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("gpu-offline", "gpu-hub", "gpu-hub-mrpc", "gpu-hub-sst2"):
         refused(
-            lambda: accelerator_for(profile(name).system), "torch sees no GPU", "--profile cpu-mini", "--device cpu"
+            lambda: make_accelerator(profile(name).system), "torch sees no GPU", "--profile cpu-mini", "--device cpu"
         )
-    refused(lambda: accelerator_for(setting(device="cuda").system), "torch sees no GPU")
+    refused(lambda: make_accelerator(setting(device="cuda").system), "torch sees no GPU")
     assert made == []
     for device in ("auto", "cpu"):
-        accelerator_for(profile("gpu-offline", device=device).system)
+        make_accelerator(profile("gpu-offline", device=device).system)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("auto", "cpu", "cuda"):
-        accelerator_for(profile("gpu-offline", device=device).system)
+        make_accelerator(profile("gpu-offline", device=device).system)
     assert [options["cpu"] for options in made] == [False, True, False, True, False]

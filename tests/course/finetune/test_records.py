@@ -1,54 +1,68 @@
-"""course/records: a record is what its schema says, and nothing else passes for one."""
+"""records: a record is what its schema says, and nothing else passes for one; those of the former format are read."""
 
 import copy
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+from lora_ref._files import write_json
+from lora_ref.course.finetune.profiles import profile
 from lora_ref.course.finetune.records import (
     FORMAT,
-    SCHEMA,
-    Field,
-    Many,
+    HERE,
     check_record,
     describe,
     load_record,
     shipped,
-    write_json,
     write_record,
 )
+from lora_ref.course.finetune.records.legacy import FORMER_FORMAT
+from lora_ref.course.finetune.records.schema import leaves
+from lora_ref.course.finetune.settings import to_profile
+
+LEAVES = list(leaves())
+BEFORE = Path(__file__).parents[2] / "data" / "before_the_rooms"
 
 
-def sample(shape):
-    """A valid value of a shape."""
-    if isinstance(shape, dict):
-        return {name: sample(part) for name, part in shape.items()}
-    if isinstance(shape, Many):
-        return [sample(shape.item), sample(shape.item)]
-    low = shape.low if shape.low is not None else -1
+def sample(leaf):
+    """A valid value."""
+    low = leaf.low if leaf.low is not None else -1
     values = {"integer": max(0, int(low)) + 3, "number": low + 0.5, "boolean": True, "map": {"a": 1}, "text": "r=4"}
-    return shape.choices[0] if shape.choices else values[shape.kind]
+    return leaf.choices[0] if leaf.choices else values[leaf.kind]
+
+
+def steps(path):
+    """A leaf's path as keys, [0] where any item may stand: ("runs", 0, "lr")."""
+    return [0 if part == "[]" else part for part in re.findall(r"\[\]|\w+", path)]
+
+
+def put(place, path, value):
+    """Set a value deep inside of objects and lists, which are made where they are not there."""
+    key, *rest = path
+    if isinstance(place, list) and not place:
+        place.append(None)
+    inner = place[0] if isinstance(place, list) else place.get(key)
+    if not rest:
+        place[key] = value
+        return
+    if inner is None:
+        inner = place[key] = [] if rest[0] == 0 else {}
+    put(inner, rest, value)
 
 
 @pytest.fixture
 def record():
-    made = sample(SCHEMA)
+    made = {}
+    for leaf in LEAVES:
+        put(made, steps(leaf.path), sample(leaf))
+    made["runs"].append(copy.deepcopy(made["runs"][0]))
     made["environment"] |= {"device": "cpu", "driver": None, "cuda": None}
     for run in made["runs"]:
         run["peak_bytes"] = {"total": 10, "weights": 1, "gradients": 2, "optimizer": 3, "activations": 4}
     return made
-
-
-def fields(value, shape, path=()):
-    """(path, Field) of every value in a record, one item of each list."""
-    if isinstance(shape, dict):
-        for name in shape:
-            yield from fields(value[name], shape[name], (*path, name))
-    elif isinstance(shape, Many):
-        yield from fields(value[0], shape.item, (*path, 0))
-    else:
-        yield path, shape
 
 
 def at(record, path):
@@ -67,9 +81,9 @@ def test_the_sample_is_valid_and_check_returns_it(record):
 
 def test_every_field_refuses_another_kind_and_what_is_out_of_its_range(record, refused):
     seen = 0
-    for path, field in fields(record, SCHEMA):
+    for path, field in [(steps(leaf.path), leaf) for leaf in LEAVES]:
         wrong = [{"text": 3, "map": [], "boolean": 1, "integer": 2.5, "number": "3"}[field.kind], object]
-        wrong += [] if field.none else [None]
+        wrong += [] if field.nullable else [None]
         if field.kind in ("integer", "number"):
             wrong += [True, float("nan"), float("inf")]
             wrong += [] if field.low is None else [type(at(record, path))(field.low - 1)]
@@ -83,8 +97,10 @@ def test_every_field_refuses_another_kind_and_what_is_out_of_its_range(record, r
     assert seen > 200
 
 
-def test_every_field_may_not_be_missing_and_null_stands_only_where_the_schema_says(record, refused):
-    for path, field in fields(record, SCHEMA):
+def test_every_field_may_not_be_missing_but_those_of_a_newer_environment_and_null_stands_only_where_the_schema_says(
+    record, refused
+):
+    for path in [steps(leaf.path) for leaf in LEAVES if leaf.required]:
         if isinstance(path[-1], str):
             broken = copy.deepcopy(record)
             del at(broken, path[:-1])[path[-1]]
@@ -96,7 +112,7 @@ def test_every_field_may_not_be_missing_and_null_stands_only_where_the_schema_sa
     check_record(nulled)
 
 
-def test_unknown_fields_are_named_with_near_matches_and_all_faults_are_told_at_once(record, refused):
+def test_unknown_fields_are_named_with_near_matches_and_all_faults_are_named_at_once(record, refused):
     record["runs"][1]["token_per_s"] = record["runs"][1].pop("tokens_per_s")
     record["sedonds"] = 3
     refused(
@@ -144,7 +160,7 @@ def test_a_record_comes_back_from_its_file_and_a_bad_one_does_not_replace_it(rec
     assert load_record(path) == record
     before = path.read_bytes()
     refused(lambda: write_record(record | {"seconds": -1}, path), "seconds = -1", "at least 0 s")
-    refused(lambda: write_json({"x": float("nan")}, path), "Out of range")
+    refused(lambda: write_json({"x": float("nan")}, path), "JSON")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["record.json"]
 
 
@@ -174,8 +190,42 @@ def test_the_records_that_ship_are_valid_and_say_where_they_come_from():
         assert "/" + "tmp" not in json.dumps(record)
 
 
-def test_the_description_has_a_line_for_every_field(record):
+def test_the_description_has_a_line_for_every_field():
     lines = describe().splitlines()
-    assert len(lines) == len(list(fields(record, SCHEMA)))
-    assert all(field.meaning and isinstance(field, Field) for _, field in fields(record, SCHEMA))
+    assert len(lines) == len(LEAVES) > 50 and all(leaf.meaning for leaf in LEAVES)
     assert any(line.startswith("runs[].tokens_per_s") and "tokens/s" in line for line in lines)
+
+
+def test_a_record_of_the_former_format_comes_in_todays_names_and_loses_nothing():
+    old = json.loads((HERE / "cpu-mini.json").read_text(encoding="utf-8"))
+    assert old["format"] == FORMER_FORMAT and "rate" in old["runs"][0] and "together" in old["runs"][0]
+    new = load_record("cpu-mini")
+    assert new["format"] == FORMAT and len(new["runs"]) == len(old["runs"])
+    for now, then in zip(new["runs"], old["runs"], strict=True):
+        assert (now["lr"], now["parallel_adapters"]) == (then["rate"], then["together"])
+        assert {k: v for k, v in now.items() if k in then} == {
+            k: v for k, v in then.items() if k not in ("rate", "together")
+        }
+    settings = new["settings"]
+    assert (settings["optimisation"]["full_lrs"], settings["data"]["dataset"]) == (
+        old["settings"]["full_rates"],
+        old["settings"]["data"],
+    )
+    assert sum(len(group) for group in settings.values()) == len(old["settings"])
+    assert to_profile(settings).optimisation.steps == old["settings"]["steps"]
+    assert to_profile(profile("cpu-mini").model_dump()) == profile("cpu-mini")
+
+
+def test_a_record_that_the_code_before_the_rooms_wrote_is_read():
+    record = load_record(BEFORE / "record.json")
+    assert {run["arm"] for run in record["runs"]} == {"full", "r=8"}
+    assert {run["parallel_adapters"] for run in record["runs"]} == {1, 2}
+    assert record["settings"]["optimisation"]["lora_lrs"] == [0.004, 0.008]
+
+
+def test_what_is_wrong_in_a_record_of_the_former_format_is_named(refused):
+    old = json.loads((HERE / "cpu-mini.json").read_text(encoding="utf-8"))
+    del old["runs"][1]["rate"]
+    refused(lambda: check_record(old), "1 fault(s)", "runs[1].lr is missing")
+    old["settings"]["stepz"] = 3
+    refused(lambda: check_record(old), "a profile has no field 'stepz'", "'steps'")

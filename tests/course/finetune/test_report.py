@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ref.course.finetune.report import peak, shown_samples, speed, summary, table, training
+from lora_ref.course.finetune.report import peak, shown_samples, speed, summary, table, training_results
 from lora_ref.course.training import History
 
 
@@ -14,10 +14,10 @@ def history(**changes):
 
 
 def test_the_first_step_and_the_measured_one_do_not_count_for_the_speed():
-    found = speed(history(), [10, 20, 30, 40, 50], probe=3)
+    found = speed(history(), [10, 20, 30, 40, 50], memory_step=3)
     assert found["tokens"] == 150 and found["tokens_per_s"] == pytest.approx((20 + 30 + 50) / 4)
     assert found["step_ms"] == {"q1": 1000.0, "median": 1000.0, "q3": 1500.0}
-    both = speed(history(step_seconds=[2.0, 6.0]), [10, 30], probe=1)
+    both = speed(history(step_seconds=[2.0, 6.0]), [10, 30], memory_step=1)
     assert both["tokens_per_s"] == 5.0
 
 
@@ -28,13 +28,13 @@ def test_the_peaks_parts_add_up_to_it():
     assert set(peak(history()).values()) == {None} and set(peak(history())) == set(found)
 
 
-def run(arm, loss, chosen=True, total=2_000_000, together=1, speed=1234.0):
+def run(arm, loss, chosen=True, total=2_000_000, parallel_adapters=1, speed=1234.0):
     measures = {"loss": loss, "bleu": 40.0, "slot_errors": 0.25, "accuracy": None, "f1": None}
     return {
         "arm": arm,
-        "rate": 1e-3,
+        "lr": 1e-3,
         "chosen": chosen,
-        "together": together,
+        "parallel_adapters": parallel_adapters,
         "parameters_trained": 250,
         "parameters": 1000,
         "tokens_per_s": speed,
@@ -62,7 +62,7 @@ def test_the_table_has_the_base_and_each_arms_mean_over_seeds_at_its_best_rate()
 
 
 def test_speed_and_memory_in_the_table_are_those_of_runs_that_trained_alone():
-    at_once = run("r=3", 2.0, together=6, speed=9000.0, total=77_000_000)
+    at_once = run("r=3", 2.0, parallel_adapters=6, speed=9000.0, total=77_000_000)
     lines = table({"runs": [at_once, run("r=3", 4.0)], "environment": ENVIRONMENT, "seconds": 60}).splitlines()
     assert "3.000 ± 1.414" in lines[2] and lines[2].split()[-3:] == ["1,234", "50.0", "2.0"]
     lines = table({"runs": [at_once], "environment": ENVIRONMENT, "seconds": 60}).splitlines()
@@ -72,7 +72,7 @@ def test_speed_and_memory_in_the_table_are_those_of_runs_that_trained_alone():
 
 def test_one_of_several_runs_has_its_own_losses_and_the_speed_of_all():
     several = history(losses=[[1.0, 2.0]] * 5, evaluations=[(0, [5.0, 6.0]), (5, [0.5, 0.25])], seconds=21.0)
-    found = training(several.member(1), [10, 20, 30, 40, 50], probe=3, together=2)
+    found = training_results(several.member(1), [10, 20, 30, 40, 50], memory_step=3, parallel_adapters=2)
     assert found["losses"] == [2.0] * 5 and found["validation"] == 0.25 and found["seconds"] == 21.0
     assert found["curve"] == [{"step": 0, "loss": 6.0}, {"step": 5, "loss": 0.25}]
     assert found["tokens"] == 150 and found["tokens_per_s"] == pytest.approx(2 * (20 + 30 + 50) / 4)

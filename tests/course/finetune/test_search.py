@@ -5,7 +5,8 @@ import math
 import pytest
 
 from lora_ref.course.finetune.profiles import profile
-from lora_ref.course.finetune.search import FURTHER, Trial, best, following, name_of
+from lora_ref.course.finetune.search import MAX_FURTHER as FURTHER
+from lora_ref.course.finetune.search import Trial, chosen_lr, name_of, next_trials
 
 INF = math.inf
 LORA = (4e-3, 1e-3, 2e-3)  # in no order
@@ -19,7 +20,7 @@ def settings(**changes):
 def search(own, loss):
     """(the rounds of groups, all losses), where loss(trial) is what a training gives."""
     rounds, known = [], {}
-    while groups := following(own, known):
+    while groups := next_trials(own, known):
         rounds.append(groups)
         for group in groups:
             known |= {trial: loss(trial) for trial in group}
@@ -29,7 +30,7 @@ def search(own, loss):
 
 def valley(bottoms):
     """A loss with its lowest point at an arm's rate; every seed has it."""
-    return lambda trial: abs(math.log(trial.rate / bottoms[trial.arm])) + 0.1 * trial.seed
+    return lambda trial: abs(math.log(trial.lr / bottoms[trial.arm])) + 0.1 * trial.seed
 
 
 BOTTOMS = {"full": 1.1e-4, "r=1": 2e-3, "r=8": 2.1e-3, "r=5": 1.9e-3}
@@ -37,14 +38,14 @@ BOTTOMS = {"full": 1.1e-4, "r=1": 2e-3, "r=8": 2.1e-3, "r=5": 1.9e-3}
 
 @pytest.mark.parametrize("together, sizes", [(1, [1] * 9), (2, [2, 2, 2, 2, 1]), (4, [4, 4, 1]), (9, [9]), (50, [9])])
 def test_the_first_round_is_every_arms_every_rate_and_adapters_go_together(together, sizes):
-    groups = following(settings(parallel_adapters=together), {})
+    groups = next_trials(settings(parallel_adapters=together), {})
     lora = [group for group in groups if group[0].arm != "full"]
     assert [len(group) for group in lora] == sizes
     assert [t for group in lora for t in group] == [Trial(a, 3, r) for a in ("r=1", "r=8", "r=5") for r in sorted(LORA)]
     assert [group for group in groups if group[0].arm == "full"] == [[Trial("full", 3, r)] for r in (1e-4, 2e-4)]
 
 
-def test_rates_in_the_middle_are_enough_and_the_other_seeds_run_alone_at_the_best():
+def test_rates_in_the_middle_are_enough_and_the_other_seeds_run_alone_at_the_chosen_lr():
     own = settings(parallel_adapters=9)
     rounds, known = search(own, valley(BOTTOMS))
     first, second, third = rounds  # full's best is its smallest: one more
@@ -54,7 +55,7 @@ def test_rates_in_the_middle_are_enough_and_the_other_seeds_run_alone_at_the_bes
         for arm, rate in (("r=1", 2e-3), ("full", 1e-4), ("r=8", 2e-3), ("r=5", 2e-3))
         for seed in (5, 4)
     ]
-    assert following(own, known) == [] and best(own, "r=8", known) == 2e-3
+    assert next_trials(own, known) == [] and chosen_lr(own, "r=8", known) == 2e-3
 
 
 def test_a_best_rate_at_an_end_asks_for_one_beyond_it_and_those_go_together_again():
@@ -62,10 +63,12 @@ def test_a_best_rate_at_an_end_asks_for_one_beyond_it_and_those_go_together_agai
     rounds, known = search(own, valley({"r=1": 1.7e-2, "r=8": 2e-3, "r=5": 2.4e-4}))
     assert [[len(group) for group in groups] for groups in rounds] == [[2, 2, 2, 2, 1], [2], [2], [2]]
     assert [[t.arm for t in groups[0]] for groups in rounds[1:]] == [["r=1", "r=5"]] * 3
-    assert [[t.rate for t in groups[0]] for groups in rounds[1:]] == [
+    assert [[t.lr for t in groups[0]] for groups in rounds[1:]] == [
         [pytest.approx(r * 1e-3) for r in rates] for rates in ((8, 0.5), (16, 0.25), (32, 0.125))
     ]
-    assert best(own, "r=1", known) == pytest.approx(1.6e-2) and best(own, "r=5", known) == pytest.approx(2.5e-4)
+    assert chosen_lr(own, "r=1", known) == pytest.approx(1.6e-2) and chosen_lr(own, "r=5", known) == pytest.approx(
+        2.5e-4
+    )
 
 
 def test_it_goes_on_so_far_and_no_further_and_not_from_one_rate():
@@ -77,11 +80,11 @@ def test_it_goes_on_so_far_and_no_further_and_not_from_one_rate():
 
 def test_what_diverged_is_never_the_best_and_sends_the_search_downwards():
     own = settings(arms=("r=8",), seeds=(0,))
-    rounds, known = search(own, lambda trial: INF if trial.rate > 1e-3 else 7.0 + trial.rate)
-    assert [trial.rate for groups in rounds[1:] for group in groups for trial in group] == [
+    rounds, known = search(own, lambda trial: INF if trial.lr > 1e-3 else 7.0 + trial.lr)
+    assert [trial.lr for groups in rounds[1:] for group in groups for trial in group] == [
         1e-3 / 2 ** (i + 1) for i in range(FURTHER)
     ]
-    assert best(own, "r=8", known) == 1e-3 / 2**FURTHER
+    assert chosen_lr(own, "r=8", known) == 1e-3 / 2**FURTHER
 
 
 def test_an_arm_that_diverges_at_every_rate_is_an_error_with_what_to_lower():
@@ -97,13 +100,13 @@ def test_another_seed_that_diverges_or_is_better_changes_no_choice():
     loss = valley({"r=8": 2e-3})
     for odd in (INF, -1.0):
         _, known = search(own, lambda trial: odd if trial.seed == 5 else loss(trial))
-        assert best(own, "r=8", known) == 2e-3 and following(own, known) == []
+        assert chosen_lr(own, "r=8", known) == 2e-3 and next_trials(own, known) == []
 
 
-def test_of_equals_the_first_one_is_the_best():
+def test_of_equals_the_first_one_is_the_chosen_lr():
     own = settings(arms=("r=8",), seeds=(0,))
     _, known = search(own, lambda trial: 1.0)
-    assert best(own, "r=8", known) == 1e-3
+    assert chosen_lr(own, "r=8", known) == 1e-3
 
 
 def test_the_name_of_a_training_is_its_own_and_a_groups_depends_on_all_its_members():

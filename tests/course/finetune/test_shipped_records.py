@@ -1,4 +1,4 @@
-"""course/records: what ships is valid, was made from committed code, and says what it ran on."""
+"""records: what ships is valid, was made from committed code, and says what it ran on."""
 
 import json
 import re
@@ -15,7 +15,7 @@ ON_GPU = [name for name, record in RECORDS.items() if record["environment"]["dev
 
 
 def chosen(record, arm):
-    return [run for run in record["runs"] if run["arm"] == arm and run["chosen"] and run["together"] == 1]
+    return [run for run in record["runs"] if run["arm"] == arm and run["chosen"] and run["parallel_adapters"] == 1]
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -23,15 +23,17 @@ def test_a_shipped_record_can_be_traced_and_compares_arms_fairly(name):
     record = RECORDS[name]
     assert record["profile"] == name and record["environment"]["device_name"] in table(record)
     assert re.fullmatch("[0-9a-f]{40}", record["environment"]["git"]), "made from code that was not committed"
-    for arm in record["settings"]["arms"]:
+    for arm in record["settings"]["optimisation"]["arms"]:
         runs = [run for run in record["runs"] if run["arm"] == arm]
         assert len({run["seed"] for run in runs if run["chosen"]}) >= 3, f"{arm} has too few seeds"
         first = sorted(
-            (run["rate"], run["validation"]) for run in runs if run["seed"] == record["settings"]["seeds"][0]
+            (run["lr"], run["validation"])
+            for run in runs
+            if run["seed"] == record["settings"]["optimisation"]["seeds"][0]
         )
         losses = [loss for _, loss in first]
         assert 0 < losses.index(min(losses)) < len(losses) - 1, f"{arm}: the best rate is at the edge of those tried"
-        assert {run["rate"] for run in runs if run["chosen"]} == {first[losses.index(min(losses))][0]}
+        assert {run["lr"] for run in runs if run["chosen"]} == {first[losses.index(min(losses))][0]}
 
 
 def test_cpu_mini_ships_and_says_cpu():
@@ -43,7 +45,7 @@ def test_on_a_gpu_lora_takes_less_memory_and_no_more_time_than_full_fine_tuning(
         pytest.skip("no record of a GPU ships: none was at hand")
     for record in map(RECORDS.get, ON_GPU):
         full = chosen(record, "full")
-        for arm in set(record["settings"]["arms"]) - {"full"}:
+        for arm in set(record["settings"]["optimisation"]["arms"]) - {"full"}:
             lora = chosen(record, arm)
             assert max(r["peak_bytes"]["total"] for r in lora) < min(r["peak_bytes"]["total"] for r in full)
             assert max(r["tokens_per_s"] for r in lora) > max(r["tokens_per_s"] for r in full)

@@ -1,4 +1,4 @@
-"""course/tasks.py: what is scored, how it is shared between processes, and which data are refused."""
+"""tasks: what is scored, how it is shared between processes, and which data are refused."""
 
 import copy
 import json
@@ -50,6 +50,7 @@ def label_task(tokenizer, classifier, data, **changes):
         "gpu-hub-mrpc", **SMALL | {"dataset": data, "max_length": 30, "model": "x", "precision": "fp32"} | changes
     )
     task = make_task(tokenizer, own)
+    task.read_model(classifier)
     check_model(classifier, tokenizer, task, own)
     return task
 
@@ -91,7 +92,7 @@ def test_of_a_step_that_is_read_by_several_adapters_each_one_has_its_own_loss(to
     )
     with torch.no_grad():
         for part in range(accumulate):
-            found = task.loss(plan, copies=3)(adapters, 1, part)
+            found = task.loss(plan, num_adapters=3)(adapters, 1, part)
             expected = torch.stack(for_each_adapter(adapters, lambda model: task.loss(plan)(model, 1, part)))
             assert found.shape == (3,) and expected.std() > 1e-3
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -102,14 +103,14 @@ def test_padding_is_masked_and_not_scored(tokenizer, model, classifier, tmp_path
     rows = sorted(task.rows["train"], key=lambda row: len(row.ids))
     short, long = rows[0], rows[-1]
     with torch.no_grad():
-        apart = task.total(model, [short]) + task.total(model, [long])
-        torch.testing.assert_close(task.total(model, [short, long]), apart, rtol=1e-5, atol=1e-4)
+        apart = task.summed_loss(model, [short]) + task.summed_loss(model, [long])
+        torch.testing.assert_close(task.summed_loss(model, [short, long]), apart, rtol=1e-5, atol=1e-4)
         labels, sharp = label_task(tokenizer, classifier, mrpc(tmp_path / "mrpc")), copy.deepcopy(classifier)
         for parameter in sharp.parameters():  # of a new model's attention one would not see much
             parameter.mul_(10)
         a, b = (pick(labels.rows["train"], key=lambda row: len(row.ids)) for pick in (min, max))
-        apart = labels.total(sharp, [a]) + labels.total(sharp, [b])
-        torch.testing.assert_close(labels.total(sharp, [a, b]), apart, rtol=1e-5, atol=1e-5)
+        apart = labels.summed_loss(sharp, [a]) + labels.summed_loss(sharp, [b])
+        torch.testing.assert_close(labels.summed_loss(sharp, [a, b]), apart, rtol=1e-5, atol=1e-5)
         assert len(a.ids) < len(b.ids)
 
 
@@ -119,10 +120,10 @@ def test_the_grammars_records_have_one_scored_text_and_four_references(tokenizer
     assert [len(task.rows[part]) for part in ("train", "validation", "test")] == [24, 5, 4]
     assert all(len(example.texts) == 4 for example in task.parts["test"])
     assert not {e.meaning for e in task.parts["train"]} & {e.meaning for e in task.parts["test"]}
-    measures, texts = task.judge(model)
+    measures, texts = task.evaluate(model)
     assert set(measures) == {"loss", "bleu", "slot_errors", "accuracy", "f1"} and len(texts) == 4
-    assert measures["loss"] == pytest.approx(task.held_out(model, "test")) and measures["accuracy"] is None
-    assert task.asked()[0][1] == task.parts["test"][0].texts[0]
+    assert measures["loss"] == pytest.approx(task.held_out_loss(model, "test")) and measures["accuracy"] is None
+    assert task.test_pairs()[0][1] == task.parts["test"][0].texts[0]
 
 
 def test_e2es_columns_give_records_with_all_their_texts(tokenizer, model, tmp_path):
@@ -132,7 +133,7 @@ def test_e2es_columns_give_records_with_all_their_texts(tokenizer, model, tmp_pa
     assert example.slots == {"name": "The test 0", "eatType": "pub", "familyFriendly": "yes"}
     assert example.texts == ["The test 0 is a pub.", "A pub for all is The test 0, by the river."]
     assert len(task.rows["train"]) == 24 and len(task.rows["test"]) == 6
-    assert task.judge(model)[0]["slot_errors"] > 0
+    assert task.evaluate(model)[0]["slot_errors"] > 0
 
 
 def test_the_first_files_names_of_e2e_and_a_single_file_work_too(tokenizer, tmp_path):
@@ -172,18 +173,18 @@ def test_sst2s_columns_and_test_labels_that_are_none(tokenizer, classifier, tmp_
     # the validation part judges, as is usual with GLUE; another one is cut from the training part
     assert task.counts == {"train": 22, "validation": 2, "test": 4}
     assert [row["sentence"] for row in task.test] == [f"{'good' if i % 2 else 'bad'} film {i}" for i in range(4)]
-    measures, answers = task.judge(classifier)
+    measures, answers = task.evaluate(classifier)
     right = sum(a == row["label"] for a, row in zip(answers, task.test))
     assert measures["accuracy"] == right / 4 and measures["bleu"] is None
-    assert measures["loss"] == pytest.approx(task.held_out(classifier, "test"), rel=1e-5)
+    assert measures["loss"] == pytest.approx(task.held_out_loss(classifier, "test"), rel=1e-5)
 
 
 def test_mrpcs_pairs_and_f1(tokenizer, classifier, tmp_path):
     task = label_task(tokenizer, classifier, mrpc(tmp_path / "mrpc"))
-    assert task.columns == ("sentence1", "sentence2") and task.asked()[0][0] == "a 0 | b"
+    assert task.columns == ("sentence1", "sentence2") and task.test_pairs()[0][0] == "a 0 | b"
     first = tokenizer("a 0")["input_ids"]
     assert any(row.ids[: len(first)] == first and len(row.ids) > len(first) for row in task.rows["test"])
-    assert 0 <= task.judge(classifier)[0]["f1"] <= 1
+    assert 0 <= task.evaluate(classifier)[0]["f1"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -193,8 +194,8 @@ def test_mrpcs_pairs_and_f1(tokenizer, classifier, tmp_path):
 def test_f1_is_label_1s(tokenizer, classifier, tmp_path, monkeypatch, guesses, labels, expected):
     task = label_task(tokenizer, classifier, mrpc(tmp_path / "mrpc"))
     task.rows["test"] = [task.rows["test"][0]._replace(label=label) for label in labels]
-    monkeypatch.setattr(task, "guessed", lambda model, part: (0.5, guesses))
-    assert task.judge(classifier)[0]["f1"] == pytest.approx(expected)
+    monkeypatch.setattr(task, "predict", lambda model, part: (0.5, guesses))
+    assert task.evaluate(classifier)[0]["f1"] == pytest.approx(expected)
 
 
 def test_verbatim_slot_errors_counts_values_and_leaves_yes_and_no():
@@ -233,8 +234,8 @@ def test_labelled_data_of_another_form_are_refused(tokenizer, classifier, tmp_pa
 
 
 def test_bleus_library_is_asked_for_before_time_is_spent(tokenizer, monkeypatch):
-    from lora_ref.course.finetune import tasks
+    from lora_ref.course.finetune.tasks import data_to_text
 
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data_to_text.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install sacrebleu"):
         text_task(tokenizer)

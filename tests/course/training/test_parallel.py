@@ -11,8 +11,8 @@ from torch import nn
 from lora_ref import LoRAConfig, add_lora, lora_parameters
 from lora_ref.batched import adapter_parameters, add_batched_lora, for_each_adapter, single_adapter
 from lora_ref.course.training import train
-from lora_ref.course.training.loop import _shown
 from lora_ref.course.training.history import Diverged, Progress, fault
+from lora_ref.course.training.loop import _shown
 
 F64 = torch.float64
 RANKS, ALPHAS, SEEDS = (2, 3, 1), (5.0, 4.0, 2.5), (0, 7, 7)

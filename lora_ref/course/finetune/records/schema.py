@@ -1,8 +1,8 @@
 """What a record is: each field declared once, with its type, range, unit and meaning.
 
-    Record.model_validate(record)     # pydantic checks it
-    Record.model_json_schema()        # the same declaration as JSON schema
-    leaves()                          # one `Leaf` for every value, for `describe` and for error messages
+Record.model_validate(record)     # pydantic checks it
+Record.model_json_schema()        # the same declaration as JSON schema
+leaves()                          # one `Leaf` for every value, for `describe` and for error messages
 """
 
 import types
