@@ -216,6 +216,10 @@ def test_the_map_names_every_folder_and_module():
     assert sorted((folders | modules) - mapped()) == []
 
 
+def test_the_map_names_nothing_that_is_not_there():
+    assert [path for path in sorted(mapped()) if not list(ROOT.glob(path))] == []
+
+
 # The commands
 
 

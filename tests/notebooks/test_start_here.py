@@ -27,7 +27,8 @@ def test_it_needs_nothing_but_python():
 
 def test_it_asks_for_all_that_the_project_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    required = {requirement.split(">")[0] for requirement in project["dependencies"]} | {project["name"]}
+    requirements = project["dependencies"] + project["optional-dependencies"]["course"]
+    required = {requirement.split(">")[0] for requirement in requirements} | {project["name"]}
     assert required - {"jupyterlab"} == set(needed())  # this cell may run in another front end
 
 
@@ -49,7 +50,7 @@ def test_a_missing_package_is_named_with_the_command_that_mends_it(monkeypatch, 
     with pytest.raises(AssertionError) as error:
         exec(CHECK, {})
     assert f"{missing} is not installed" in str(error.value)
-    assert f'"{sys.executable}" -m pip install -e . -c constraints.txt' in str(error.value)
+    assert f'"{sys.executable}" -m pip install -e ".[course]" -c constraints.txt' in str(error.value)
 
 
 def test_an_old_python_is_named(monkeypatch):
