@@ -1,4 +1,11 @@
-"""lora_ref: LoRA from its mathematics. Every function is an equation; the lessons prove them."""
+"""lora_ref: LoRA from its mathematics. Every function is an equation; the lessons in notebooks/ prove them.
+
+- spectrum, svd, projections, intrinsic_dimension, updates: the linear algebra, and what an update looks like.
+- config, initialization, functional, layers: one LoRA layer. model, checkpoint, batched: whole models, files, serving.
+- measure, environment: time and memory of a piece of code, and the machine that it ran on.
+- cost: parameters, FLOPs and bytes from shapes. bench: paired timings, python -m lora_ref.bench.
+- course: what the lessons need; nothing outside it imports it.
+"""
 
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRAConfig

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Atomic writes: a file is written beside its place, then renamed into it."""
 
 import json
 import os
@@ -18,6 +18,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Args:
         path: the file; a symbolic link is followed, and its target replaced.
 
+    Yields:
+        The temporary file, open for writing.
+
     Raises:
         OSError: as the system gives it; `path` is unchanged.
     """
@@ -34,10 +37,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_json(content: object, path: str | os.PathLike) -> None:
-    """Write `content` as JSON, atomically.
+    """Write `content` as JSON, in UTF-8, atomically.
+
+    Args:
+        content: what the `json` module can write.
+        path: the file, as in `atomic_write`.
 
     Raises:
-        ValueError: for numbers that JSON does not know (NaN, infinity); `path` is unchanged.
+        TypeError: the content has a value that JSON cannot hold; `path` is unchanged.
+        ValueError: the content has a number that JSON cannot hold (NaN, infinity); `path` is unchanged.
         OSError: as the system gives it; `path` is unchanged.
     """
     data = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"

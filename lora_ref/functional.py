@@ -7,9 +7,9 @@
 `lora_linear_reference` is the first line in three lines of torch: the specification. `lora_linear`
 computes the same with the backward written out, so that
 
-- X is kept for the backward by reference, not as a copy, and beside it only H (N·r numbers);
-- s multiplies r-sized matrices alone, or rides on a product that is computed anyway;
-- Z is computed once for two gradients; a gradient that nobody asked for is not computed, ∂L/∂W0 least of all.
+- X is saved for the backward by reference, not as a copy, and beside it only H (N·r numbers);
+- s multiplies r-sized matrices alone, or is a factor of a product that is computed anyway;
+- Z is computed once for two gradients; a gradient that is not required is not computed, ∂L/∂W0 least of all.
 
 Multiply-adds beyond the frozen layer's (forward and backward): 3·N·r·(d+k) as above. With
 W = W0 + s·B·A formed first, 2·N·r·(d+k) + 2·d·k·r, and a buffer of d·k numbers: `should_materialize` says
@@ -17,17 +17,23 @@ when that is right. Source: the chain rule; Hu et al. 2021 (arXiv 2106.09685), e
 """
 
 import math
-import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_UPCAST_MAX_NUMEL = (
-    1 << 15
-)  # a 16-bit X, with Y at most so many numbers each, is cast up, and not kept, for the products with A
-# and B: on a CPU each 16-bit product costs 12 µs before it begins, more than the cast
-DROPOUT_LEVELS = 1 << 16  # a dropout mask is drawn from 16-bit integers: p is rounded to a multiple of 1/DROPOUT_LEVELS
+from ._dtypes import is_autocast
+from ._functional_checks import check_lora_linear
+
+_autocasts = is_autocast  # the name by which `batched` imports it
+
+# One idea: the layer's forward and its derived backward, line for line beside the specification that they must equal.
+
+# A 16-bit X is cast up for the products with A and B, and not saved, where X and Y have at most this many numbers each:
+# on a CPU each 16-bit product costs 12 µs before it starts, more than the cast.
+CPU_UPCAST_MAX_NUMEL = 1 << 15
+# A dropout mask is drawn from 16-bit integers: p is rounded to a multiple of 1/DROPOUT_LEVELS.
+DROPOUT_LEVELS = 1 << 16
 
 
 def lora_linear_reference(
@@ -40,7 +46,20 @@ def lora_linear_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """y = x·W0ᵀ + b + s·D(x)·Aᵀ·Bᵀ, D = dropout: what `lora_linear` must equal. Shapes and errors as there."""
+    """y = x·W0ᵀ + b + s·D(x)·Aᵀ·Bᵀ, D = dropout: the specification, which `lora_linear` must equal.
+
+    Args:
+        x, weight, bias, A, B, scale, dropout_p, training: as in `lora_linear`.
+
+    Returns:
+        y, shape (…, d), in x's dtype. Nothing is checked here.
+
+    Example:
+        >>> x, W0 = torch.tensor([[1.0, 2.0]]), torch.zeros(3, 2)
+        >>> A, B = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0], [2.0]])
+        >>> lora_linear_reference(x, W0, None, A, B, scale=0.5)
+        tensor([[1.5000, 0.0000, 3.0000]])
+    """
     h = F.linear(F.dropout(x, dropout_p, training), A.to(x.dtype))
     update = F.linear(h, B.to(x.dtype))
     return F.linear(x, weight, bias) + scale * update
@@ -56,28 +75,47 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """y = W0·x + b + s·B·(A·D(x)), with the backward derived above.
-
-    x (…, k), weight W0 (d, k), bias (d) or None, A (r, k), B (d, r), scale s a number → y (…, d), in x's dtype.
+    """y = W0·x + b + s·B·(A·D(x)), with the backward that is derived at the head of this module.
 
     D is inverted dropout with probability dropout_p while `training`, else the identity; it acts on the
-    adapter's x alone. x, weight and bias share a dtype; A and B keep their own, and so do their gradients:
-    they are cast to x's for the products, x not to theirs (on a CPU a 16-bit x is, for the moment of a
-    product, where neither x nor y has more than CPU_UPCAST_MAX_NUMEL numbers). Under autocast x, weight and bias are cast
-    as F.linear casts them. dropout_p counts in steps of 1/DROPOUT_LEVELS. Any layout of x and of the gradient, and
-    an empty batch, will do.
+    adapter's x alone. Any layout of x and of the gradient, and an empty batch, is allowed. Differentiable twice.
 
-    Differentiable twice. Under torch.compile and torch.func's transforms (vmap, grad, jvp …) the
-    specification runs in its stead, which they transform as they know how. If A is frozen x is not kept,
-    and a second derivative is refused.
+    Dtypes: x, weight and bias share one; A and B have their own, and so have their gradients: they are cast to x's
+    for the products, x not to theirs (on a CPU a 16-bit x is, for the moment of a product, where neither x nor y has
+    more than CPU_UPCAST_MAX_NUMEL numbers). Under autocast x, weight and bias are cast as F.linear casts them.
 
-    Errors, nothing changed: TypeError for what is not a floating-point tensor or dtypes that do not
-    match; ValueError for shapes that do not fit, tensors on several devices, a scale that is not finite
-    or a dropout_p outside [0, 1).
-    Source: Hu et al. 2021 (arXiv 2106.09685), equation 3.
+    Under torch.compile and torch.func's transforms (vmap, grad, jvp …) the specification runs instead, which they
+    can transform. If A is frozen x is not saved, and a second derivative is refused.
+
+    Args:
+        x: the input, shape (…, k).
+        weight: W0, shape (d, k).
+        bias: b, shape (d,), or None.
+        A: shape (r, k).
+        B: shape (d, r).
+        scale: s, a finite number.
+        dropout_p: probability of dropping an entry of the adapter's input, in [0, 1), in steps of 1/DROPOUT_LEVELS.
+        training: whether dropout is on.
+
+    Returns:
+        y, shape (…, d), in x's dtype.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes do not match.
+        ValueError: shapes that do not fit, tensors on several devices, a scale that is not finite, or a dropout_p
+            outside [0, 1).
+
+    Example:
+        >>> x, W0, b = torch.tensor([1.0, 2.0]), torch.zeros(3, 2), torch.ones(3)
+        >>> A, B = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0], [2.0]])
+        >>> lora_linear(x, W0, b, A, B, scale=0.5)  # b + 0.5·B·3
+        tensor([2.5000, 1.0000, 4.0000])
+
+    Source:
+        Hu et al. 2021 (arXiv 2106.09685), equation 3.
     """
-    _check(x, weight, bias, A, B, scale, dropout_p)
-    if _autocasts(x):
+    check_lora_linear(x, weight, bias, A, B, scale, dropout_p)
+    if is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     p = dropout_p if training else 0.0
@@ -95,65 +133,22 @@ def should_materialize(N: int, d: int, k: int, dtype: torch.dtype, dropout_p: fl
     Forming W takes d·k·r multiply-adds where adding H·Bᵀ or Z·A takes N·r·d or N·r·k, so it costs less as
     soon as N > dk/(d+k); its buffer of dk numbers is at most 2.5 % of y and ∂L/∂x from 40 times
     that on. In 16 bits W0 + s·B·A would round the update away; dropout leaves no single W.
+
+    Args:
+        N: rows of X.
+        d: rows of W0.
+        k: columns of W0.
+        dtype: X's dtype.
+        dropout_p: the probability that is in effect.
+
+    Returns:
+        True where W is to be formed.
+
+    Example:
+        >>> should_materialize(8000, 200, 600, torch.float32), should_materialize(100, 200, 600, torch.float32)
+        (True, False)
     """
     return dropout_p == 0 and dtype in (torch.float32, torch.float64) and N * (d + k) >= 40 * d * k
-
-
-def _check(x, weight, bias, A, B, scale, dropout_p) -> None:
-    """Refuse what the equation does not fit; what fits passes the first test, in 3 microseconds."""
-    try:
-        (d, k), (r, _) = weight.shape, A.shape
-        fits = x.shape[-1] == k == A.shape[1] and B.shape == (d, r) and (bias is None or bias.shape == (d,))
-        like = x.device == weight.device == A.device == B.device and (x.dtype == weight.dtype or _autocasts(x, weight))
-        if fits and like and x.is_floating_point() and A.is_floating_point() and B.is_floating_point():
-            if bias is None or (bias.device == x.device and (bias.dtype == x.dtype or _autocasts(x, bias))):
-                if not isinstance(scale, Tensor) and -math.inf < scale < math.inf and 0 <= dropout_p < 1:
-                    return
-    except (AttributeError, IndexError, TypeError, ValueError):
-        pass
-    raise _refusal({"x": x, "weight": weight, "bias": bias, "A": A, "B": B}, scale, dropout_p)
-
-
-def _autocasts(*tensors: Tensor) -> bool:
-    """Whether autocast is on and gives these tensors its dtype; it leaves float64 alone, and knows no meta device."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return False
-    return all(tensor.dtype != torch.float64 for tensor in tensors)
-
-
-def _refusal(tensors: dict, scale: float, dropout_p: float) -> Exception:
-    """The error for what _check refused, with the value and the mend."""
-    if tensors["bias"] is None:
-        del tensors["bias"]
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            return TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}; use torch.as_tensor({name})")
-        if not tensor.is_floating_point():
-            return TypeError(f"{name} must hold floating-point numbers, got {tensor.dtype}; use {name}.float()")
-    x, weight, A, B = (tensors[name] for name in ("x", "weight", "A", "B"))
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            return ValueError(f"{name} is on {tensor.device}, x on {x.device}; move all of them to one device")
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    if weight.ndim != 2 or A.ndim != 2 or B.ndim != 2 or x.ndim == 0:
-        return ValueError(f"weight (d, k), A (r, k) and B (d, r) must be matrices and x (…, k) no scalar; got {shapes}")
-    (d, k), r = weight.shape, len(A)
-    bias = tensors.get("bias")
-    if x.shape[-1] != k or A.shape[1] != k or B.shape != (d, r) or (bias is not None and bias.shape != (d,)):
-        return ValueError(
-            f"shapes do not fit: {shapes}; with weight (d, k) = ({d}, {k}) and A of {r} rows, x must be (…, {k}), "
-            f"A ({r}, {k}), B ({d}, {r}), bias ({d},); is a factor transposed?"
-        )
-    for name in ("weight", "bias"):
-        if name in tensors and tensors[name].dtype != x.dtype:
-            return TypeError(f"x is {x.dtype}, {name} is {tensors[name].dtype}; cast x, or run under torch.autocast")
-    for name, value in (("scale", scale), ("dropout_p", dropout_p)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            return TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}; pass a float")
-    if not math.isfinite(scale):
-        return ValueError(f"scale = {scale!r} is not finite; take it from LoRAConfig(r=…, lora_alpha=…).scale")
-    return ValueError(f"dropout_p = {dropout_p!r} is out of range; choose 0 <= dropout_p < 1")
 
 
 def _keep_mask(X: Tensor, p: float) -> Tensor:
@@ -165,7 +160,7 @@ def _keep_mask(X: Tensor, p: float) -> Tensor:
     return (lanes.view(torch.int16)[: X.numel()] >= round(p * DROPOUT_LEVELS) - DROPOUT_LEVELS // 2).view(X.shape)
 
 
-def _number(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as zeros and ones; read as bytes first, which a CPU converts eight times as fast as booleans."""
     return mask.view(torch.uint8).to(dtype)
 
@@ -177,6 +172,7 @@ def _product_dtype(X: Tensor, W0: Tensor, A: Tensor) -> torch.dtype:
 
 
 def _to(M: Tensor, dtype: torch.dtype) -> Tensor:
+    """M.to(dtype), without the call where M has the dtype."""
     return M if M.dtype == dtype else M.to(dtype)
 
 
@@ -186,11 +182,21 @@ def _add_product(Y: Tensor, H: Tensor, M: Tensor, s: float) -> Tensor:
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """The derivation at the head of this module, for a matrix X (N, k)."""
+    """The derivation at the head of this module, for a matrix X (N, k).
+
+    Its `apply` takes (X, W0, bias, A, B, s, p), p the dropout's probability, and returns Y (N, d). It checks nothing:
+    call `lora_linear`.
+
+    Example:
+        >>> X, W0, A, B = torch.ones(1, 2), torch.zeros(3, 2), torch.ones(1, 2), torch.ones(3, 1, requires_grad=True)
+        >>> LoRALinearFunction.apply(X, W0, None, A, B, 0.5, 0.0).sum().backward()
+        >>> B.grad.T  # s·Gᵀ·H, with H = 2
+        tensor([[1., 1., 1.]])
+    """
 
     @staticmethod
     def forward(ctx, X, W0, bias, A, B, s, p):
-        if _autocasts(X):
+        if is_autocast(X):
             with torch.autocast(X.device.type, enabled=False):
                 return LoRALinearFunction.forward(ctx, X, W0, bias, A, B, s, p)
         need_X, need_W0, _, need_A, need_B, _, _ = ctx.needs_input_grad
@@ -199,14 +205,14 @@ class LoRALinearFunction(torch.autograd.Function):
         if p:
             p = min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1) / DROPOUT_LEVELS
             mask = _keep_mask(X, p)
-            dropped, s = _number(mask, X.dtype).mul_(X), s / (1 - p)
-        materialised = should_materialize(len(X), *W0.shape, X.dtype, p)
-        H = torch.mm(_to(dropped, dtype), a.t()) if need_B or not materialised else None
-        if materialised:
+            dropped, s = _as_numbers(mask, X.dtype).mul_(X), s / (1 - p)
+        materialized = should_materialize(len(X), *W0.shape, X.dtype, p)
+        H = torch.mm(_to(dropped, dtype), a.t()) if need_B or not materialized else None
+        if materialized:
             Y = F.linear(X, torch.addmm(W0, b, a, alpha=s), bias)
         else:
             Y = _add_product(F.linear(X, W0, bias), H, b.t(), s)
-        ctx.s, ctx.materialised, ctx.dtypes = s, materialised, (dtype, A.dtype, B.dtype)
+        ctx.s, ctx.materialized, ctx.dtypes = s, materialized, (dtype, A.dtype, B.dtype)
         ctx.save_for_backward(
             X if need_A or need_W0 else None,
             W0 if need_X else None,
@@ -219,13 +225,13 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, G):
-        if _autocasts(G):
+        if is_autocast(G):
             with torch.autocast(G.device.type, enabled=False):
                 return LoRALinearFunction.backward(ctx, G)
         need_X, need_W0, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
         X, W0, A, B, H, mask = ctx.saved_tensors
         s, create_graph, (dtype, dtype_A, dtype_B) = ctx.s, torch.is_grad_enabled(), ctx.dtypes
-        keep = None if mask is None else _number(mask, G.dtype)
+        keep = None if mask is None else _as_numbers(mask, G.dtype)
         dX = dW0 = dA = dB = None
         if need_X or need_A or need_B:
             g = _to(G, dtype)
@@ -234,15 +240,15 @@ class LoRALinearFunction(torch.autograd.Function):
             Z = torch.mm(g, b)
         if need_X:  # ∂L/∂X = G·W0 + s·Z·A, the second part masked
             a = _to(A, dtype)
-            if ctx.materialised:
+            if ctx.materialized:
                 dX = torch.mm(G, torch.addmm(W0, b, a, alpha=s))
             elif keep is None:
                 dX = _add_product(torch.mm(G, W0), Z, a, s)
             else:
                 dX = _to(torch.mm(Z * s, a), G.dtype).mul_(keep).addmm_(G, W0)
-        again = need_B and create_graph and (need_X or need_A)  # H once more, this time with its own derivative
+        again = need_B and create_graph and (need_X or need_A)  # H is computed again, now with its own derivative
         if need_A or again:
-            D = X  # as the adapter saw it; keep has done its work above and its memory is used again
+            D = X  # the adapter's input; `keep` is not needed after this, and its memory is used again
             if keep is not None and X is not None:
                 D = X * keep if create_graph else keep.mul_(X)
             D = None if D is None else _to(D, dtype)
@@ -258,9 +264,10 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 def _differentiable_H(D: Tensor | None, A: Tensor) -> Tensor:
+    """H = D·Aᵀ as autograd can differentiate it; refused where X was not saved."""
     if D is None:
         raise RuntimeError(
-            "lora_linear keeps no x while A is frozen, and has no second derivative then; "
+            "lora_linear saves no x while A is frozen, and has no second derivative then; "
             "let A require a gradient, or use lora_linear_reference"
         )
     return torch.mm(D, _to(A, D.dtype).t())

@@ -1,8 +1,8 @@
-"""Where A and B begin: pure functions of (W, r, s, …) → Init(A, B, W0).
+"""Where A and B start: pure functions of (W, r, s, …) → Init(A, B, W0).
 
 Each takes the pretrained W (d, k) and returns A (r, k), B (d, r) and the matrix W0 to freeze, so that
-the layer computes W0 + s·B·A. Most leave W0 = W and B·A = 0, and the adapted layer begins as the
-pretrained one. Those that begin with B·A ≠ 0 either take it off, W0 = W − s·B·A (PiSSA, LoRA-GA),
+the layer computes W0 + s·B·A. Most leave W0 = W and B·A = 0, and the adapted layer starts as the
+pretrained one. Those that start with B·A ≠ 0 either take it off, W0 = W − s·B·A (PiSSA, LoRA-GA),
 or change the layer and say so. W itself is never written to. A and B come in float32 when W has
 16 bits, else in W's dtype. INITIALIZERS maps the names of LoRAConfig.init_lora_weights to the functions.
 
@@ -11,18 +11,31 @@ TypeError or ValueError for a W that is not a finite real matrix, r outside 1 �
 """
 
 import math
-import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import check_generator, check_matrix, check_rank
+from ._checks import check_generator, check_matrix, check_positive, check_rank
 from .config import INITIALIZERS as NAMES
+
+# One idea: each start is a function of the same arguments, a few lines long; side by side they can be compared.
 
 
 class Init(NamedTuple):
-    """A (r, k), B (d, r), and the W0 (d, k) to freeze beside them."""
+    """The factors, and the matrix to freeze beside them.
+
+    Attributes:
+        A: shape (r, k).
+        B: shape (d, r).
+        W0: shape (d, k); the layer computes W0 + s·B·A.
+
+    Example:
+        >>> A, B, W0 = kaiming(torch.ones(3, 5), r=2)
+        >>> A.shape, B.shape, W0.shape
+        (torch.Size([2, 5]), torch.Size([3, 2]), torch.Size([3, 5]))
+    """
 
     A: Tensor
     B: Tensor
@@ -32,16 +45,51 @@ class Init(NamedTuple):
 def kaiming(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A_ij ~ U(−1/√k, 1/√k), variance 1/(3k); B = 0; W0 = W: loralib's and PEFT's default.
 
-    It is kaiming_uniform_ with a = √5, nn.Linear's own. Source: loralib 0.1.2; PEFT init_lora_weights=True.
+    It is kaiming_uniform_ with a = √5, nn.Linear's own.
+
+    Args:
+        W: the pretrained weight, shape (d, k).
+        r: the rank, 1 … min(d, k).
+        s: the scale, above 0; here it is only checked.
+        generator: draws the numbers, on W's device; None takes torch's global generator.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Raises:
+        TypeError: W is not a dense tensor of real floating-point numbers, or an argument is of the wrong kind.
+        ValueError: W is not a finite, non-empty matrix, or r or s is out of range.
+
+    Example:
+        >>> A, B, W0 = kaiming(torch.ones(3, 100), r=2)
+        >>> bool(A.abs().max() <= 0.1), bool(B.any())  # 1/√100
+        (True, False)
+
+    Source:
+        loralib 0.1.2; PEFT, init_lora_weights=True.
     """
     new = _factors(W, r, s, generator)
     return Init(new(r, W.shape[1]).uniform_(-1, 1, generator=generator) / math.sqrt(W.shape[1]), new(len(W), r), W)
 
 
 def gaussian(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
-    """A_ij ~ N(0, 1/r²), B = 0, W0 = W: Hu et al.'s "random Gaussian", with PEFT's width.
+    """A_ij ~ N(0, 1/r²), B = 0, W0 = W: the first paper's "random Gaussian", with PEFT's width.
 
-    Its A is √(3k)/r times as wide as `kaiming`'s. Source: Hu et al. 2021, §4.1; PEFT "gaussian".
+    Its A is √(3k)/r times as wide as `kaiming`'s.
+
+    Args:
+        W, r, s, generator: as in `kaiming`.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Example:
+        >>> A, B, W0 = gaussian(torch.ones(30, 5000), r=20, generator=torch.Generator().manual_seed(0))
+        >>> round(A.std().item(), 3), bool(B.any())  # 1/r
+        (0.05, False)
+
+    Source:
+        Hu et al. 2021 (arXiv 2106.09685), section 4.1; PEFT, init_lora_weights="gaussian".
     """
     new = _factors(W, r, s, generator)
     return Init(new(r, W.shape[1]).normal_(generator=generator) / r, new(len(W), r), W)
@@ -50,7 +98,21 @@ def gaussian(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | Non
 def zero_a(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
     """A = 0, B_ij ~ U(−1/√r, 1/√r), W0 = W: the other one-sided start; not `kaiming` mirrored in its dynamics.
 
-    PEFT and loralib start embeddings from A = 0 (with B ~ N(0, 1)). Source: Hayou et al. 2024 (arXiv 2406.08447).
+    PEFT and loralib start embeddings from A = 0 (with B ~ N(0, 1)).
+
+    Args:
+        W, r, s, generator: as in `kaiming`.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Example:
+        >>> A, B, W0 = zero_a(torch.ones(3, 5), r=2)
+        >>> bool(A.any()), bool(B.any())
+        (False, True)
+
+    Source:
+        Hayou et al. 2024 (arXiv 2406.08447).
     """
     new = _factors(W, r, s, generator)
     return Init(new(r, W.shape[1]), new(len(W), r).uniform_(-1, 1, generator=generator) / math.sqrt(r), W)
@@ -59,35 +121,81 @@ def zero_a(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None 
 def random(
     W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None, std: float | None = None
 ) -> Init:
-    """Both random, W0 = W: the layer no longer begins as W, but as W + s·B·A.
+    """Both random, W0 = W: the layer no longer starts as W, but as W + s·B·A.
 
     With `std`, A and B ~ N(0, std²): each entry of s·B·A then has standard deviation s·std²·√r. Without,
     A ~ U(±1/√k) and B ~ U(±1/√r), which is PEFT's init_lora_weights=False.
+
+    Args:
+        W, r, s, generator: as in `kaiming`.
+        std: the standard deviation of both factors' entries, above 0; None takes PEFT's widths.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Raises:
+        TypeError: as `kaiming`, and std is not a number.
+        ValueError: as `kaiming`, and std is not a finite number above 0.
+
+    Example:
+        >>> A, B, W0 = random(torch.ones(3, 5), r=2)
+        >>> bool((B @ A).any())
+        True
+
+    Source:
+        PEFT, init_lora_weights=False.
     """
     new = _factors(W, r, s, generator)
-    A, B = new(r, W.shape[1]), new(len(W), r)
-    if std is not None:
-        _check_positive(std, "std", "None gives PEFT's widths")
     if std is None:
-        A, B = kaiming(W, r, s, generator).A, zero_a(W, r, s, generator).B
-    else:
-        A, B = A.normal_(generator=generator) * std, B.normal_(generator=generator) * std
+        return Init(kaiming(W, r, s, generator).A, zero_a(W, r, s, generator).B, W)
+    check_positive(std, "std", "None gives PEFT's widths")
+    A = new(r, W.shape[1]).normal_(generator=generator) * std
+    B = new(len(W), r).normal_(generator=generator) * std
     return Init(A, B, W)
 
 
 def zero(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
-    """A = B = 0, W0 = W: a saddle. Both gradients vanish, and no gradient method ever leaves it (lesson 04)."""
+    """A = B = 0, W0 = W: a saddle. Both gradients vanish, and no gradient method ever leaves it (lesson 04).
+
+    Args:
+        W, r, s, generator: as in `kaiming`.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Example:
+        >>> A, B, W0 = zero(torch.ones(3, 5), r=2)
+        >>> bool(A.any() or B.any())
+        False
+    """
     new = _factors(W, r, s, generator)
     return Init(new(r, W.shape[1]), new(len(W), r), W)
 
 
 def orthogonal(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None = None) -> Init:
-    """B·A = 0 with neither factor 0, W0 = W: the rows of A live in one half of an orthonormal basis Q of R^r
-    (r×r), those of B in the other.
+    """B·A = 0 with neither factor 0, W0 = W; both factors move at the first step.
+
+    The rows of A lie in one half of an orthonormal basis Q (r×r) of R^r, those of B in the other:
 
         A = Q₁ᵀ·N_A/10,   B = N_B·Q₂/10,   Q₁ = even, Q₂ = odd rows of Q,   N ~ N(0, 1)
 
-    Needs an even r. Both factors move at the first step. Source: PEFT "orthogonal".
+    Args:
+        W, r, s, generator: as in `kaiming`; r must be even.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W.
+
+    Raises:
+        TypeError: as `kaiming`.
+        ValueError: as `kaiming`, and r is odd.
+
+    Example:
+        >>> A, B, W0 = orthogonal(torch.ones(4, 7), r=2)
+        >>> bool(A.any() and B.any()), torch.allclose(B @ A, torch.zeros(4, 7), atol=1e-6)
+        (True, True)
+
+    Source:
+        PEFT, init_lora_weights="orthogonal".
     """
     new = _factors(W, r, s, generator)
     if r % 2:
@@ -102,8 +210,23 @@ def pissa(W: Tensor, r: int, s: float = 1.0, generator: torch.Generator | None =
 
         W = U·diag(σ)·Vᵀ:   B = U_r·diag(√(σ/s)),   A = diag(√(σ/s))·V_rᵀ,   W0 = W − s·B·A
 
-    The layer begins as W to within rounding; W0 is new, so whoever shares W keeps it. No random numbers.
-    Source: Meng et al. 2024 (arXiv 2404.02948).
+    The layer starts as W to within rounding; W0 is a new tensor, so other modules that share W are not changed.
+    No random numbers.
+
+    Args:
+        W, r, s, generator: as in `kaiming`; s divides the factors, and the generator is not used.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W − s·B·A.
+
+    Example:
+        >>> W = torch.tensor([[0.0, 3.0], [4.0, 0.0], [0.0, 0.0]])
+        >>> A, B, W0 = pissa(W, r=1, s=0.5)
+        >>> torch.allclose(W0 + 0.5 * B @ A, W), round(torch.linalg.norm(W0).item(), 4)
+        (True, 3.0)
+
+    Source:
+        Meng et al. 2024 (arXiv 2404.02948).
     """
     new = _factors(W, r, s, generator)
     U, S, Vh = torch.linalg.svd(W.detach().to(new(0).dtype), full_matrices=False)
@@ -125,12 +248,31 @@ def lora_ga(
         ∂L/∂W = G = U·diag(σ)·Vᵀ:   A = c·V_{1…r}ᵀ,   B = c·U_{r+1…2r},   c = d^¼/√(γ·s)
 
     so that SGD's first step, −η·s²·(G·AᵀA + B·BᵀG), is −η·s²·c² times the best rank-2r approximation of G.
-    `gradient` (d, k) is G on one batch or more; 2r ≤ min(d, k). The layer begins as W. No random numbers.
-    Source: after Wang et al. 2024 (arXiv 2407.05000); the s in c, which keeps s·B·A the same for every s,
-    is ours.
+    The layer starts as W. No random numbers.
+
+    Args:
+        W, r, s, generator: as in `kaiming`; 2r ≤ min(d, k), and the generator is not used.
+        gradient: G on one batch or more, shape (d, k).
+        gamma: γ, above 0; the larger, the smaller the factors.
+
+    Returns:
+        A (r, k), B (d, r) and W0 = W − s·B·A.
+
+    Raises:
+        TypeError: as `kaiming`, and the gradient is not such a tensor, or gamma not a number.
+        ValueError: as `kaiming`, and the gradient has another shape, 2r > min(d, k), or gamma ≤ 0.
+
+    Example:
+        >>> W, G = torch.ones(4, 6), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+        >>> A, B, W0 = lora_ga(W, r=2, s=0.5, gradient=G)
+        >>> torch.allclose(W0 + 0.5 * B @ A, W, atol=1e-5)
+        True
+
+    Source:
+        After Wang et al. 2024 (arXiv 2407.05000); the s in c, which makes s·B·A the same for every s, is ours.
     """
     new = _factors(W, r, s, generator)
-    _check_positive(gamma, "gamma", "the paper's is 16")
+    check_positive(gamma, "gamma", "the paper's is 16")
     if check_matrix(gradient, "gradient") != tuple(W.shape):
         raise ValueError(f"gradient has shape {tuple(gradient.shape)}, W {tuple(W.shape)}; pass ∂L/∂W of this layer")
     if 2 * r > min(W.shape):
@@ -146,21 +288,15 @@ def lora_ga(
 INITIALIZERS = dict(zip(NAMES, (kaiming, gaussian, zero_a, random, zero, orthogonal, pissa, lora_ga), strict=True))
 
 
-def _factors(W: Tensor, r: int, s: float, generator: torch.Generator | None):
-    """Check, and return a maker of zero tensors of the factors' dtype on W's device."""
+def _factors(W: Tensor, r: int, s: float, generator: torch.Generator | None) -> Callable[..., Tensor]:
+    """Check the arguments; return a function that makes zero tensors of the factors' dtype on W's device."""
     check_rank(r, *check_matrix(W))
     check_generator(generator, W.device)
-    _check_positive(s, "s", "take it from LoRAConfig(r=…, lora_alpha=…).scale")
+    check_positive(s, "s", "take it from LoRAConfig(r=…, lora_alpha=…).scale")
     dtype = torch.promote_types(W.dtype, torch.float32)
     return lambda *shape: torch.zeros(*shape, dtype=dtype, device=W.device)
 
 
-def _check_positive(value: float, name: str, mend: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}; {mend}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} = {value!r} is out of range; {mend}")
-
-
 def _residual(W: Tensor, A: Tensor, B: Tensor, s: float) -> Init:
+    """The factors as they are, and W0 = W − s·B·A in W's dtype."""
     return Init(A.contiguous(), B.contiguous(), (W.detach().to(A.dtype) - s * (B @ A)).to(W.dtype))

@@ -1,4 +1,4 @@
-"""What a piece of code takes: seconds, in fair turns; multiply-adds; peak memory; what it saves for the backward."""
+"""What a piece of code costs: seconds, in fair turns; multiply-adds; peak memory; what it saves for the backward."""
 
 import gc
 import os
@@ -16,22 +16,47 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of peak_bytes wo
 
 
 class Timing(NamedTuple):
-    """One contender: its seconds in each round, and their ratios to the reference's in that round."""
+    """One contender's times.
+
+    Attributes:
+        seconds: its time in each round.
+        ratios: its time divided by the reference's in the same round, for each round.
+
+    Example:
+        >>> Timing(seconds=[0.002, 0.004, 0.003], ratios=[1.0, 1.0, 1.0]).ms
+        3.0
+    """
 
     seconds: list[float]
     ratios: list[float]
 
     @property
     def ms(self) -> float:
+        """The median time, in milliseconds."""
         return 1e3 * statistics.median(self.seconds)
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """{q1, median, q3} of at least one number, by linear interpolation. Errors: ValueError when empty."""
+    """The quartiles of some numbers, by linear interpolation.
+
+    Args:
+        values: at least one number.
+
+    Returns:
+        {"q1": …, "median": …, "q3": …}, in the numbers' unit.
+
+    Raises:
+        ValueError: values is empty.
+
+    Example:
+        >>> quartiles([5.0, 1.0, 4.0, 2.0, 3.0])
+        {'q1': 2.0, 'median': 3.0, 'q3': 4.0}
+    """
     if not values:
         raise ValueError("values is empty and has no quartiles; pass at least one number")
-    cuts = statistics.quantiles(values * 2 if len(values) == 1 else values, method="inclusive")
-    return dict(zip(("q1", "median", "q3"), cuts))
+    if len(values) == 1:
+        values = [*values, *values]  # statistics.quantiles needs two
+    return dict(zip(("q1", "median", "q3"), statistics.quantiles(values, method="inclusive"), strict=True))
 
 
 def paired(
@@ -41,9 +66,26 @@ def paired(
 
         round i calls them in the order i, i + 1, … (mod n);   ratio_i = t_i(name) / t_i(first)
 
-    `functions` maps names to functions of no arguments; `warmup` untimed rounds go first. Where CUDA
-    is in use, each reading of the clock waits for the device. Results are dropped at once.
-    Errors: ValueError for no contender, rounds < 1, warmup < 0, or a reference too fast for the clock.
+    A machine's speed drifts; contenders of one round see the same speed, and the rotation cancels a drift within
+    rounds. Where CUDA is in use, each reading of the clock waits for the device. Results are dropped at once.
+
+    Args:
+        functions: names → functions of no arguments.
+        rounds: timed rounds, at least 1.
+        warmup: untimed rounds before them, at least 0.
+        clock: returns the time in seconds.
+
+    Returns:
+        Names → times, in seconds, and ratios.
+
+    Raises:
+        TypeError: rounds or warmup is not an integer.
+        ValueError: no contender, rounds < 1, warmup < 0, or a reference too fast for the clock.
+
+    Example:
+        >>> times = paired({"sum": lambda: sum(range(9999)), "max": lambda: max(range(9999))}, rounds=3)
+        >>> times["sum"].ratios, len(times["max"].seconds)
+        ([1.0, 1.0, 1.0], 3)
     """
     rounds, warmup = check_integer(rounds, "rounds", 1), check_integer(warmup, "warmup", 0)
     if not functions:
@@ -65,15 +107,29 @@ def paired(
                 seconds[name].append(elapsed)
     reference = seconds[names[0]]
     if min(reference) <= 0:
-        raise ValueError(f"{names[0]!r} took no time that the clock can see; let one call do more work")
-    return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference)]) for name, own in seconds.items()}
+        raise ValueError(f"{names[0]!r} took no time that the clock can measure; let one call do more work")
+    return {name: Timing(own, [t / t0 for t, t0 in zip(own, reference, strict=True)]) for name, own in seconds.items()}
 
 
 def multiply_adds(function: Callable[[], object]) -> int:
-    """The multiply-adds of the matrix products and convolutions in function(), backward included: half its FLOPs."""
+    """The multiply-adds of the matrix products and convolutions in function(), backward included: half its FLOPs.
+
+    Args:
+        function: what is counted, without arguments; it is called once.
+
+    Returns:
+        The number of multiply-adds.
+
+    Example:
+        >>> multiply_adds(lambda: torch.ones(2, 3) @ torch.ones(3, 5))  # 2·3·5
+        30
+
+    Source:
+        torch.utils.flop_counter, and the product Y += H·M, which it leaves out.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    def in_place(Y, H, M, **_) -> int:  # Y += H·M, shapes: the one product that torch's counter leaves out
+    def in_place(Y, H, M, **_) -> int:  # shapes of Y += H·M, the one product that torch's counter leaves out
         return 2 * H[0] * H[1] * M[1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
@@ -82,10 +138,21 @@ def multiply_adds(function: Callable[[], object]) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most memory, in bytes, that torch held at any moment of function() above what it held before.
+    """The most memory that torch held at any moment of function() above what it held before.
 
     Counts what torch's allocators hand out, on the CPU as the profiler records it; a matrix library's own
     scratch space is not seen. The result of the call counts until it returns.
+
+    Args:
+        function: what is measured, without arguments; it is called once.
+        device: the device whose memory counts, a CPU or a CUDA device.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> peak_bytes(lambda: torch.empty(1000, dtype=torch.float64).double())
+        8000
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -113,17 +180,30 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
 
 
 def saved_bytes(function: Callable[[], Tensor], known: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of function(): distinct storages, the `known` tensors' excepted."""
+    """The memory that autograd saves for the backward of function(): distinct storages, the `known` tensors' excepted.
+
+    Args:
+        function: a forward, without arguments; it is called once.
+        known: tensors that exist anyway, such as the input and the weights.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> x, W = torch.ones(7, 5, requires_grad=True), torch.ones(3, 5)
+        >>> saved_bytes(lambda: x @ W.T, [x, W]), saved_bytes(lambda: (x @ W.T).tanh(), [x, W])  # 7·3 float32
+        (0, 84)
+    """
     seen = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()  # held while the hooks count, so that no address is used twice
     del result
-    return sum(kept.values())
+    return sum(saved.values())

@@ -165,10 +165,10 @@ BAD = [
     ("lora_dropout", 1.0, ["lora_dropout = 1.0", "0 <= lora_dropout < 1"]),
     ("lora_dropout", -0.1, ["lora_dropout = -0.1"]),
     ("lora_dropout", math.nan, ["lora_dropout = nan"]),
-    ("lora_dropout", "0.1", ["lora_dropout = '0.1'"]),
-    ("lora_dropout", True, ["lora_dropout = True"]),
-    ("lora_dropout", False, ["lora_dropout = False"]),
-    ("lora_dropout", None, ["lora_dropout = None"]),
+    ("lora_dropout", "0.1", ["lora_dropout must be a number", "'0.1'", "0 <= lora_dropout < 1"]),
+    ("lora_dropout", True, ["lora_dropout must be a number", "True", "0 <= lora_dropout < 1"]),
+    ("lora_dropout", False, ["lora_dropout must be a number", "False", "0 <= lora_dropout < 1"]),
+    ("lora_dropout", None, ["lora_dropout must be a number", "None", "0 <= lora_dropout < 1"]),
     ("use_rslora", 1, ["use_rslora must be True or False", "1"]),
     ("use_dora", "no", ["use_dora must be True or False", "'no'"]),
     ("fan_in_fan_out", None, ["fan_in_fan_out must be True or False", "None"]),
@@ -199,7 +199,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name, value, says", BAD, ids=[f"{name}={value!r}" for name, value, _ in BAD])
-def test_a_bad_value_is_refused_with_its_field_and_a_mend(name, value, says, refused):
+def test_a_bad_value_is_refused_with_its_field_and_a_fix(name, value, says, refused):
     refused(lambda: LoRAConfig(**{name: value}), *says)
     if name in ("r", "lora_alpha"):
         refused(lambda: scale(**({"r": 3, "lora_alpha": 5} | {name: value})), *says)

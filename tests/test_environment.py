@@ -1,27 +1,50 @@
-"""course/machine.py: what a record says about where it was made is read, and null where it cannot be."""
+"""environment.py: a description of the machine is read from it, and None where it cannot be."""
 
+import json
+import os
+import platform
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from lora_ref import environment as machine
-from lora_ref.course.finetune.records import ENVIRONMENT, _faults
 
 CPU = torch.device("cpu")
 
 
-def test_a_cpus_environment_is_what_the_schema_asks_for_and_has_nothing_of_a_gpu():
+def test_a_cpus_environment_is_what_the_schema_demands_and_has_nothing_of_a_gpu():
+    from lora_ref.course.finetune.records import ENVIRONMENT, _faults
+
     found = machine.environment(CPU, 2, 1.5)
     assert list(_faults(found, ENVIRONMENT, "")) == []
     assert (found["device"], found["driver"], found["cuda"], found["processes"]) == ("cpu", None, None, 2)
     assert found["libraries"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("device", [CPU, "cpu"])
+def test_an_environment_is_one_json_object_with_what_every_record_needs(device):
+    found = machine.environment(device)
+    assert " ".join(found) == (
+        "device device_name driver cuda processes threads cores cpu_capability load platform python libraries git"
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert (found["cores"], found["processes"], found["load"]) == (os.cpu_count(), 1, None)
+    assert found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert found["platform"] == f"{platform.system()} {platform.machine()}"
+    assert platform.node() not in found.values() or platform.node() == ""
+
+
+def test_versions_are_of_what_is_installed():
+    assert machine.versions(["torch", "no-such-distribution"]) == {"torch": torch.__version__}
+    assert set(machine.versions()) <= set(machine.LIBRARIES)
+
+
 def test_the_revision_is_gits_with_a_mark_where_files_differ_and_none_outside(monkeypatch):
     answers = {"ls-files": "../__init__.py", "rev-parse": "abc", "status": ""}
-    monkeypatch.setattr(machine, "_said", lambda *command: answers[command[3]])
+    monkeypatch.setattr(machine, "_output_of", lambda *command: answers[command[3]])
     assert machine.revision() == "abc"
     answers["status"] = " M loop.py"
     assert machine.revision() == "abc+"
@@ -29,9 +52,9 @@ def test_the_revision_is_gits_with_a_mark_where_files_differ_and_none_outside(mo
     assert machine.revision() is None
 
 
-def test_commands_that_fail_or_are_not_there_say_nothing():
-    assert machine._said("no-such-command-at-all") == "" and machine._said("git", "no-such-verb") == ""
-    assert machine._said("git", "--version").startswith("git version")
+def test_a_command_that_fails_or_is_not_installed_gives_an_empty_text():
+    assert machine._output_of("no-such-command-at-all") == "" and machine._output_of("git", "no-such-verb") == ""
+    assert machine._output_of("git", "--version").startswith("git version")
     assert subprocess.run(["git", "--version"], capture_output=True).returncode == 0
 
 
@@ -41,7 +64,7 @@ def counter(directory: Path, name: str, microjoules: int, wrap: int = 10_000_000
     (directory / name / "max_energy_range_uj").write_text(f"{wrap}\n")
 
 
-def test_energy_adds_the_packages_counters_and_sees_them_begin_anew(tmp_path, monkeypatch):
+def test_energy_adds_the_packages_counters_and_sees_them_start_again(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RAPL", tmp_path)
     assert machine.Energy(CPU).joules() is None
     counter(tmp_path, "intel-rapl:0", 9_000_000)

@@ -35,7 +35,7 @@ def test_the_bytes_are_on_the_disk_before_the_file_is_renamed(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_json_does_not_know_are_refused_and_change_nothing(tmp_path, value):
+def test_numbers_that_json_cannot_hold_are_refused_and_change_nothing(tmp_path, value):
     write_json({"a": "α"}, tmp_path / "a.json")
     with pytest.raises(ValueError, match="JSON"):
         write_json({"a": value}, tmp_path / "a.json")

@@ -257,7 +257,7 @@ each_form = pytest.mark.parametrize("form", ["factored", "materialised", "dropou
 
 @each_subset
 @each_form
-def test_only_the_gradients_asked_for_are_made_and_only_what_they_need_is_kept(wanted, form, request):
+def test_only_the_required_gradients_are_computed_and_only_what_they_need_is_saved(wanted, form, request):
     """∂x needs W0 and the factors; ∂A needs x and B; ∂B needs H and A; ∂W0 needs x."""
     if form == "materialised":
         request.getfixturevalue("formed")
@@ -305,7 +305,7 @@ def test_second_derivatives_for_every_choice_of_what_is_trained(wanted, form, re
 
     found = lambda: second(lambda *args: lora_linear(*args, p, True))  # noqa: E731
     if {"x", "B"} <= set(wanted) and not {"A", "weight"} & set(wanted):
-        with pytest.raises(RuntimeError, match="keeps no x while A is frozen"):
+        with pytest.raises(RuntimeError, match="saves no x while A is frozen"):
             found()
         return
     for own, other in zip(found(), second(lambda *args: formula(*args, mask))):
@@ -329,7 +329,7 @@ def test_the_products_of_forward_and_backward_share_a_dtype(trained, d, k):
 def test_a_second_derivative_without_x_is_refused(p):
     parts = problem(4, trained=("x", "B"))
     y = lora_linear(*parts.values(), S, p, True)
-    with pytest.raises(RuntimeError, match="keeps no x while A is frozen.*let A require a gradient"):
+    with pytest.raises(RuntimeError, match="saves no x while A is frozen.*let A require a gradient"):
         torch.autograd.grad(y.sum(), parts["B"], create_graph=True)
     torch.autograd.grad(lora_linear(*parts.values(), S).sum(), parts["B"])  # the first derivative is there
     parts = problem(4, trained=("x",))  # no second derivative to refuse: y is linear in x
@@ -797,7 +797,7 @@ def test_forward_mode_outside_of_torch_func_is_an_exception_and_no_number(name):
         lora_linear(*parts.values(), S)
 
 
-# bad input: the argument, its value and the mend
+# bad input: the argument, its value and the fix
 
 META = torch.device("meta")
 BAD = {
@@ -873,6 +873,15 @@ def test_autocast_refuses_a_mixture_with_float64_by_name(refused):
     with torch.autocast("cpu", BF16):
         for name in ("x", "weight", "bias"):
             refused(lambda: lora_linear(*(parts | {name: parts[name].double()}).values(), S), "torch.float64", "cast")
+
+
+def test_autocast_does_not_hide_which_number_is_wrong(refused):
+    parts = problem(4, dtype=F32, trained=())
+    parts["x"] = parts["x"].bfloat16()
+    with torch.autocast("cpu", BF16):
+        lora_linear(*parts.values(), S)
+        refused(lambda: lora_linear(*parts.values(), S, 1.5), "dropout_p = 1.5")
+        refused(lambda: lora_linear(*parts.values(), math.nan), "scale = nan")
 
 
 def test_numbers_of_other_kinds_are_numbers():

@@ -1,22 +1,16 @@
-"""What `import lora_ref` costs and brings, which way the arrows point, and that everything says what it is."""
+"""What `import lora_ref` costs and brings; import directions and docstrings are test_house.py's."""
 
-import ast
-import importlib
-import inspect
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
+from types import ModuleType
 
 import lora_ref
 
 PACKAGE = Path(lora_ref.__file__).parent
-MODULES = sorted(PACKAGE.glob("*.py"))
 HEAVY = ("matplotlib", "transformers", "sklearn", "peft", "loralib", "accelerate", "sacrebleu", "lora_ref.course")
 
 
@@ -51,68 +45,7 @@ def test_every_public_name_is_there_callable_and_described_in_a_fresh_interprete
         assert doc != type.__doc__, name
 
 
-def public(module_name):
-    """The module's own public functions and classes."""
-    module = importlib.import_module(module_name)
-    return [
-        thing
-        for name, thing in vars(module).items()
-        if not name.startswith("_")
-        and (inspect.isfunction(thing) or inspect.isclass(thing))
-        and thing.__module__ == module_name
-    ]
-
-
-DOCUMENTED = public("lora_ref.svd") + public("lora_ref.intrinsic_dimension")
-
-
-@pytest.mark.parametrize("thing", DOCUMENTED, ids=lambda thing: thing.__name__)
-def test_every_public_function_and_class_names_its_source_and_its_errors(thing):
-    assert "Source: " in thing.__doc__
-    family = inspect.getmro(thing) if inspect.isclass(thing) else [thing]
-    family = [member for member in family if member.__module__ == thing.__module__]
-    assert any(re.search(r"\bErrors[:,]", member.__doc__) for member in family)  # a projection's are its base class's
-
-
-def test_the_documented_modules_have_the_functions_that_were_meant():
-    assert {"truncated_svd", "energy", "randomized_svd_bound"} <= {f.__name__ for f in public("lora_ref.svd")}
-    assert {"hadamard_transform", "RandomSubspace"} <= {f.__name__ for f in public("lora_ref.intrinsic_dimension")}
-
-
-def imported(source):
-    """Every module that the source imports, at any depth, with the package's own names spelled out."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in ("lora_ref" if node.level else "", node.module or "") if part)
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return names
-
-
-def points_to_the_course(name):
-    return name == "lora_ref.course" or name.startswith("lora_ref.course.")
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
-def test_the_mathematics_does_not_import_the_course(module):
-    assert not list(filter(points_to_the_course, imported(module.read_text(encoding="utf-8"))))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import lora_ref.course",
-        "import lora_ref.course.data as d",
-        "from lora_ref import course",
-        "from lora_ref.course.data import load_digits",
-        "from . import course",
-        "from .course import data",
-        "def f():\n    from .course.data import load_digits",
-    ],
-)
-def test_an_arrow_the_wrong_way_would_be_seen(line):
-    assert any(map(points_to_the_course, imported(line)))
-    fine = "from .svd import energy\nimport torch\nfrom torch import course"
-    assert not any(map(points_to_the_course, imported(fine)))
+def test_every_name_of_all_is_there_and_every_public_import_is_in_all():
+    """Submodules are attributes too, but not names that the package passes on."""
+    names = {n for n, v in vars(lora_ref).items() if not n.startswith("_") and not isinstance(v, ModuleType)}
+    assert names == set(lora_ref.__all__) and lora_ref.__all__ == sorted(lora_ref.__all__)

@@ -229,7 +229,7 @@ def test_orthogonal_halves_the_rank_and_moves_both_factors():
 
 
 def peft_start(W, r, alpha, init, **options):
-    """A, B and the base weight that peft makes, with rsLoRA's scale where asked."""
+    """A, B and the base weight that peft makes, with rsLoRA's scale if use_rslora is set."""
     base = nn.Linear(W.shape[1], W.shape[0], bias=False)
     base.weight.data = W.clone()
     layer_config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights=init, target_modules=["0"], **options)

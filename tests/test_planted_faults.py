@@ -101,7 +101,7 @@ FAULTS = {  # by the check that must find them
         Fault("no mask in ∂A", "functional", "D = X * keep if create_graph else keep.mul_(X)", "pass"),
         Fault("no mask in ∂x", "functional", ".mul_(keep).addmm_(G, W0)", ".addmm_(G, W0)"),
         Fault("no mask in ∂B", "functional", "    H if need_B else None,", "    torch.mm(X, a.t()),"),
-        Fault("another mask in the backward", "functional", "_number(mask, G.dtype)", "_number(mask.flip(0), G.dtype)"),
+        Fault("another mask in the backward", "functional", "(mask, G.dtype)", "(mask.flip(0), G.dtype)"),
         Fault("the base's ∂x masked", "functional", ".mul_(keep).addmm_(G, W0)", ".addmm_(G, W0).mul_(keep)"),
     ],
     "the_layers_dropout_is_for_training": [

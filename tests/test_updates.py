@@ -156,7 +156,7 @@ def test_amplification_of_diagonal_matrices_by_hand():
     assert amplification_null(W, dW, 2) == pytest.approx(math.sqrt(45) * math.sqrt(24) / (2 * math.sqrt(154)))
 
 
-def test_amplification_wants_both_the_input_and_the_output_direction():
+def test_amplification_needs_both_the_input_and_the_output_direction():
     W, dW = torch.zeros(4, 6, dtype=F64), torch.zeros(4, 6, dtype=F64)
     W[0, 0], W[1, 3], W[2, 0] = 10.0, 2.0, 5.0
     dW[1, 0] = 6.0  # W writes to output 1, from input 3; and reads input 0, for outputs 0 and 2
@@ -268,7 +268,7 @@ def test_intruders_by_numpy_more_of_them_with_more_vectors_and_a_higher_threshol
     assert all(a <= intruders(W0, W, i + 1, (1 + threshold) / 2) for i, a in enumerate(found))
 
 
-def test_ten_vectors_and_a_half_unless_told():
+def test_ten_vectors_and_a_half_by_default():
     W0 = with_spectrum(30, 20, torch.arange(20, 0, -1))
     W = W0 + with_spectrum(30, 20, torch.full((20,), 30.0), seed=7)
     assert intruders(W0, W) == intruders(W0, W, 10, 0.5) > intruders(W0, W, 2)
@@ -459,5 +459,8 @@ def test_intruders_refuses_unequal_shapes_zeros_and_vectors_beyond_the_rank(refu
     refused(lambda: intruders(GOOD, torch.zeros(5, 3), 1), "W is the zero matrix", "non-zero entry")
     low = torch.ones(5, 1) @ torch.tensor([[1.0, -2.0, 0.5]])
     refused(lambda: intruders(GOOD, low, 2), "top = 2", "between 1 and 1", "has rank 1")
-    for threshold in (0, -0.1, 1.1, 50, math.nan, True, "0.5", None):
+    for threshold in (0, -0.1, 1.1, 50, math.nan):
         refused(lambda: intruders(GOOD, GOOD, 1, threshold), f"threshold = {threshold!r}", "0 < threshold <= 1")
+    for threshold in (True, "0.5", None):
+        says = f"threshold must be a number, got {threshold!r}"
+        refused(lambda: intruders(GOOD, GOOD, 1, threshold), says, "0 < threshold <= 1")
