@@ -14,16 +14,13 @@ from torch.func import functional_call, vmap
 
 from .._checks import check_integer
 from .classifiers import accuracy
-from .training.loop import History, train
 
 __all__ = [
     "Fit",
-    "History",
     "batch_indices",
     "cross_entropy_many",
     "fit",
     "one_thread",
-    "train",
     "train_many",
 ]
 

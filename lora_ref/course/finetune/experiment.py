@@ -29,7 +29,8 @@ from ...checkpoint import save_adapter
 from ...config import LoRAConfig
 from ...model import count_parameters, merge
 from ..training import History, train
-from ..training.state import Diverged, fault, out_of_memory, process_lost, reason
+from ..training.errors import out_of_memory, process_lost, reason
+from ..training.history import Diverged, fault
 from .base_model import check_packages, make_base, new_model
 from .hub import load_model, load_tokenizer
 from .preparation import accelerator_for, adapted, check_model, lora_config

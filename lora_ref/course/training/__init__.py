@@ -1,6 +1,6 @@
 """One training run of one model: `train`, with checkpoints, resuming and several processes."""
 
+from .history import Diverged, History
 from .loop import train
-from .state import History
 
-__all__ = ["History", "train"]
+__all__ = ["Diverged", "History", "train"]

@@ -176,7 +176,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_the_same(done, model, tmp
         interrupt(patch, 6 + 5)  # in the second arm's fifth step
         assert main(argv(tmp_path / "run", model=model)) == 130
     said = capsys.readouterr().err
-    assert "stopped after step 5 of 6" in said and "the same command goes on" in said
+    assert "stopped after step 5 of 6" in said and "the same command resumes from there" in said
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["r3-seed0-0.008.pt"] and not (tmp_path / "run" / "record.json").exists()
     interrupt(monkeypatch, 2)  # one step is left: a second one is not made
