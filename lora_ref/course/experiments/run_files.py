@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from ..._files import write_json
+from ..training import lr_search
 from .arms import SEEDS, Arm
 
 Runs = dict[tuple[int, float], dict]  # (seed, lr) → what the run measured
@@ -55,9 +56,14 @@ def null_for_infinity(run: dict) -> dict:
     return {key: None if value == math.inf else value for key, value in run.items()}
 
 
+def losses_by_lr(runs: Runs) -> dict[float, float]:
+    """The validation loss of each learning rate tried on seed 0, in ascending order."""
+    return {lr: run["validation"] for (seed, lr), run in sorted(runs.items()) if seed == SEEDS[0]}
+
+
 def best_lr(runs: Runs) -> float:
-    """The learning rate with the lowest validation loss on seed 0."""
-    return min((run["validation"], lr) for (seed, lr), run in runs.items() if seed == SEEDS[0])[1]
+    """The learning rate with the lowest validation loss on seed 0, the smallest one of equals."""
+    return lr_search.best_lr(losses_by_lr(runs))
 
 
 def is_finished(runs: Runs) -> bool:

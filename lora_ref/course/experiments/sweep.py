@@ -14,22 +14,18 @@ from pathlib import Path
 import torch
 
 from ..._files import write_json
+from ..training.lr_search import next_lrs
 from .arms import ARMS, SEEDS, Arm
 from .record import collect
-from .run_files import best_lr, file_stem, load_runs, save_run
+from .run_files import best_lr, file_stem, load_runs, losses_by_lr, save_run
 from .training_run import run_arm, updates_of
 
 
 def tune(arm: Arm, directory: Path) -> None:
     """Run the arm until its best learning rate on seed 0 has a worse neighbour on both sides; then the other seeds."""
-    run_once(arm, SEEDS[0], arm.initial_lr, directory)
-    while True:
-        runs = load_runs(directory, arm)
-        best = best_lr(runs)
-        missing = [lr for lr in (2 * best, best / 2) if (SEEDS[0], lr) not in runs]
-        if not missing:
-            break
-        run_once(arm, SEEDS[0], missing[0], directory)
+    while lrs := next_lrs(losses_by_lr(load_runs(directory, arm)), [arm.initial_lr], factor=2):
+        run_once(arm, SEEDS[0], lrs[0], directory)
+    best = best_lr(load_runs(directory, arm))
     for seed in SEEDS[1:]:
         run_once(arm, seed, best, directory)
 

@@ -62,6 +62,8 @@ def next_lrs(
         return []
     if factor is None:
         return _beyond_the_edge(best, sorted(losses)) if math.isfinite(losses[best]) and len(grid) > 1 else []
+    if not math.isfinite(losses[best]):  # all have diverged: smaller ones may not
+        best = min(losses)
     neighbours = [best * factor, best / factor]
     return [lr for lr in neighbours if lr not in losses][:1]
 
