@@ -38,7 +38,17 @@ class WrongLesson(LookupError):
 
 @dataclass(frozen=True)
 class Claim:
-    """A popular statement, the verdict on it, and the finding that a lesson settles."""
+    """A popular statement, the verdict on it, and the finding that a lesson settles.
+
+    Args:
+        id: the claim's name in the ledger: small letters, digits and _.
+        statement: what people say.
+        verdict: one of VERDICTS.
+        finding: what the lesson finds.
+        source: who says so.
+        lesson: the lesson that settles it, by its notebook's name.
+        refs: ids of references.
+    """
 
     id: str
     statement: str
@@ -57,7 +67,17 @@ class Claim:
 
 
 def load(path: Path) -> dict[str, Claim]:
-    """Read a ledger, id → Claim in the file's order. A malformed one raises LedgerError, naming every fault."""
+    """Read a ledger.
+
+    Args:
+        path: a TOML file; `claims.toml` explains the format.
+
+    Returns:
+        id → Claim, in the file's order.
+
+    Raises:
+        LedgerError: the file is malformed; the message lists every fault.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -100,7 +120,17 @@ def ledger() -> dict[str, Claim]:
 
 
 def lesson_claims(lesson: str) -> list[Claim]:
-    """The claims that one lesson settles, in the ledger's order."""
+    """The claims that one lesson settles, in the ledger's order.
+
+    Args:
+        lesson: the notebook's name, such as "01_svd_truncation".
+
+    Returns:
+        The claims, at least one.
+
+    Raises:
+        WrongLesson: the ledger has no such lesson.
+    """
     claims = list(ledger().values())
     found = [c for c in claims if c.lesson == lesson]
     if not found:
@@ -119,14 +149,40 @@ def claims_table(lesson: str) -> str:
 def claim(id: str, holds: bool, /, **evidence) -> None:
     """Settle one claim: print its fixed lines if `holds`, else raise ClaimError with the evidence.
 
-    `holds` says whether the ledger's *finding* is what was measured, so it is True for a refuted
-    statement as well. It is a bool, a numpy bool or a tensor of one bool. Evidence is shown on failure.
+    Args:
+        id: the claim's name in the ledger.
+        holds: whether the ledger's *finding* is what was measured, so it is True for a refuted statement as well. A
+            bool, a numpy bool or a tensor of one bool.
+        **evidence: what was measured, by name; shown on failure.
+
+    Raises:
+        ClaimError: the finding does not hold as measured.
+        UnknownClaim: no claim of this id is in the ledger.
+        TypeError: id is not a string, or holds not one truth value.
     """
     _settle(id, holds, evidence)
 
 
 def open_lesson(lesson: str) -> Callable[..., None]:
-    """`claim`, bound to one lesson: it refuses a claim that the ledger settles in another."""
+    """`claim`, bound to one lesson: it refuses a claim that the ledger settles in another.
+
+    Args:
+        lesson: the notebook's name, such as "01_svd_truncation".
+
+    Returns:
+        `claim(id, holds, **evidence)`. It prints the claim's fixed lines if `holds`, and raises ClaimError with the
+        evidence if not; WrongLesson for a claim of another lesson; UnknownClaim for one that is not in the ledger.
+
+    Raises:
+        WrongLesson: the ledger has no such lesson.
+
+    Example:
+        >>> claim = open_lesson("01_svd_truncation")
+        >>> claim("no_such_claim", 1 + 1 == 2)
+        Traceback (most recent call last):
+        ...
+        lora_ref.course.claims.UnknownClaim: no claim 'no_such_claim' in the ledger; ...
+    """
     lesson_claims(lesson)
 
     @wraps(claim)

@@ -18,6 +18,15 @@ class DigitClassifier(nn.Module):
 
     (N, 64) → logits (N, classes). Its weight matrices are `layers[0].weight` (width, 64),
     `layers[1].weight` (width, width) and `layers[2].weight` (classes, width).
+
+    Args:
+        width: how many units each hidden layer has.
+        classes: how many classes it tells apart.
+
+    Example:
+        >>> model = DigitClassifier(width=16, classes=3)
+        >>> tuple(model(torch.zeros(5, 64)).shape), tuple(model.layers[2].weight.shape)
+        ((5, 3), (3, 16))
     """
 
     def __init__(self, width: int = 64, classes: int = 10):
@@ -36,7 +45,22 @@ class LowRankUpdate(nn.Module):
     For every weight matrix (d, k) of `model`: A (r, k) ~ N(0, 1/k), B (d, r) = 0, r capped at
     min(d, k), scale 1. It forms W0 + B·A in each forward: the equation, spelt out, for small
     networks. Lesson 03 builds the layer that never forms B·A.
-    Errors: ValueError when the model has no weight matrix or r < 1.
+
+    Args:
+        model: the network; it is copied, not changed.
+        r: the rank of every B·A, an integer ≥ 1.
+
+    Raises:
+        TypeError: r is not an integer.
+        ValueError: r < 1, or the model has no weight matrix.
+
+    Example:
+        >>> model = DigitClassifier(width=16)
+        >>> update, x = LowRankUpdate(model, r=2), torch.ones(5, 64)
+        >>> torch.equal(update(x), model(x))  # B = 0 at the start
+        True
+        >>> trainable(update)  # 2·(64 + 16) + 2·(16 + 16) + 2·(16 + 10)
+        276
     """
 
     def __init__(self, model: nn.Module, r: int):
@@ -77,8 +101,23 @@ def with_lora(
 ) -> DigitClassifier:
     """A copy of the classifier, frozen, with a LoRALinear around each of these layers.
 
-    `init_fn(W, r, s, generator)`, a function as in lora_ref.initialization, overrides the config's. One generator,
-    from `seed`, serves the layers in turn. Errors: those of LoRALinear, the model unchanged.
+    Args:
+        model: the classifier; it is not changed.
+        config: the adapter's hyperparameters, the same for every layer.
+        seed: of the one generator that serves the layers in turn.
+        layers: indices of the layers to adapt, 0 … 2.
+        init_fn: `init_fn(W, r, s, generator)`, a function as in lora_ref.initialization; overrides the config's.
+
+    Returns:
+        The adapted copy; only its LoRA factors, and a bias that the config trains, require a gradient.
+
+    Raises:
+        TypeError, ValueError: as LoRALinear, the model unchanged.
+
+    Example:
+        >>> adapted = with_lora(DigitClassifier(width=16), LoRAConfig(r=2, lora_alpha=3), layers=(1,))
+        >>> trainable(adapted)  # 2·(16 + 16)
+        64
     """
     adapted, generator = copy.deepcopy(model).requires_grad_(False), torch.Generator().manual_seed(seed)
     for i in layers:
@@ -89,24 +128,75 @@ def with_lora(
 
 
 def trainable(model: nn.Module) -> int:
-    """How many numbers of the model are trained."""
+    """How many numbers of the model are trained.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The size, in numbers, of all parameters that require a gradient.
+
+    Example:
+        >>> trainable(nn.Linear(5, 3)), trainable(nn.Linear(5, 3).requires_grad_(False))
+        (18, 0)
+    """
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def with_values(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of the model with these parameter values (names → tensors), as `Fit.parameters` gives them."""
+    """A copy of the model with other parameter values.
+
+    Args:
+        model: any module; it is not changed.
+        values: the whole state, names → tensors, as `Fit.parameters` gives it.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> filled = with_values(model, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+        >>> filled(torch.ones(3)).tolist()
+        [3.0, 3.0]
+    """
     filled = copy.deepcopy(model)
     filled.load_state_dict(values)
     return filled
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """`build()` with its random start drawn from `seed`; the global generator stays as it was."""
+    """`build()` with its random start drawn from `seed`; the global generator stays as it was.
+
+    Args:
+        seed: of the CPU's generator while `build` runs.
+        build: makes the module, without arguments.
+
+    Returns:
+        The module.
+
+    Example:
+        >>> first, second = seeded(3, DigitClassifier), seeded(3, DigitClassifier)
+        >>> torch.equal(first.layers[0].weight, second.layers[0].weight)
+        True
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU generator alone: torch.manual_seed would move the GPU ones
         return build()
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """The share of right answers: logits (…, N, classes), y (N,) or (…, N) → (…)."""
+    """The share of right answers.
+
+    Args:
+        logits: shape (…, N, classes).
+        y: the right classes, shape (N,) or (…, N), integers.
+
+    Returns:
+        Shape (…), float64, in [0, 1].
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0], [1.0, 0.0]])
+        >>> accuracy(logits, torch.tensor([0, 1, 1, 0])).item()
+        0.75
+    """
     return (logits.argmax(-1) == y).double().mean(-1)

@@ -9,7 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Digits:
-    """Handwritten digits: images X (N, 64) float32 in [0, 1], labels y (N,) int64, cut in three."""
+    """Handwritten digits: images X (N, 64) float32 in [0, 1], labels y (N,) int64, cut in three.
+
+    Args:
+        X_train: the images to train on.
+        y_train: their labels.
+        X_val: the images to choose settings by.
+        y_val: their labels.
+        X_test: the images to report on.
+        y_test: their labels.
+
+    Example:
+        >>> digits = load_digits()
+        >>> two = digits.only([7, 2])  # 7 becomes class 0, 2 becomes class 1
+        >>> two.y_test.unique().tolist(), tuple(digits.map(faded).X_val.shape)
+        ([0, 1], (300, 64))
+    """
 
     X_train: Tensor
     y_train: Tensor
@@ -35,8 +50,23 @@ class Digits:
 def load_digits(seed: int = 0) -> Digits:
     """The 1,797 digits of 8×8 pixels of the UCI optical recognition set, split 1,197 / 300 / 300.
 
-    The split is a permutation drawn from `seed`. Pixels, 0 … 16 in the file, are divided by 16.
-    Source: E. Alpaydin & C. Kaynak 1998 (CC BY 4.0), through sklearn.datasets.load_digits.
+    Pixels, 0 … 16 in the file, are divided by 16.
+
+    Args:
+        seed: of the permutation that makes the split; the global generator is not used.
+
+    Returns:
+        The three parts, for training, validation and test.
+
+    Example:
+        >>> digits = load_digits()
+        >>> len(digits.X_train), len(digits.X_val), len(digits.X_test)
+        (1197, 300, 300)
+        >>> digits.X_train.min().item(), digits.X_train.max().item()
+        (0.0, 1.0)
+
+    Source:
+        E. Alpaydin & C. Kaynak 1998 (CC BY 4.0), through sklearn.datasets.load_digits.
     """
     from sklearn.datasets import load_digits as load
 
@@ -48,9 +78,22 @@ def load_digits(seed: int = 0) -> Digits:
 
 
 def tilted(images: Tensor, degrees: float) -> Tensor:
-    """Images (n, 8, 8) turned anticlockwise about their middle, as a page lying askew in a scanner.
+    """Images turned anticlockwise about their middle, as a page lying askew in a scanner.
 
-    Bilinear interpolation; what comes from outside the image is 0, the paper. `degrees` is finite.
+    Bilinear interpolation; what comes from outside the image is 0, the paper.
+
+    Args:
+        images: shape (n, 8, 8), of a floating-point type.
+        degrees: the angle in degrees, any finite number; below 0 turns clockwise.
+
+    Returns:
+        The turned images, of the same shape and type.
+
+    Example:
+        >>> images = torch.zeros(1, 8, 8)
+        >>> images[0, 1, 6] = 1.0  # ink in the upper right corner
+        >>> tilted(images, 90.0)[0].round().nonzero().tolist()  # now in the upper left one
+        [[1, 1]]
     """
     a = math.radians(degrees)
     turn = images.new_tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
@@ -59,5 +102,16 @@ def tilted(images: Tensor, degrees: float) -> Tensor:
 
 
 def faded(images: Tensor) -> Tensor:
-    """Images (n, 8, 8) as a scanner with poor contrast gives them: 0.3 + 0.4·x."""
+    """Images as a scanner with poor contrast gives them: 0.3 + 0.4·x.
+
+    Args:
+        images: shape (n, 8, 8), or any other, in [0, 1].
+
+    Returns:
+        The faded images, of the same shape, in [0.3, 0.7].
+
+    Example:
+        >>> faded(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.3000, 0.5000, 0.7000])
+    """
     return 0.3 + 0.4 * images

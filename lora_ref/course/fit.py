@@ -68,13 +68,30 @@ def train_many(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Train many independent runs together; return their parameters and loss curves.
 
-    `lrs`, of any shape R (one axis, or seeds × rates), are the runs' learning rates, which with
-    `decay` fall linearly to 0 over the steps. `initial` maps names to tensors of shape (*R, …).
-    `loss(parameters, step)` gives one loss for each run, shape R; the curves are (steps, *R).
-    "sgd" is plain gradient descent; "adam" is Adam with β = (0.9, 0.999), ε = 1e-8, equal to
-    torch.optim.Adam's for each run. A run whose loss diverges does not disturb the others.
-    Errors: ValueError for an unknown optimizer, steps < 1, an initial value whose first axes are not the runs, or a
-    loss that is not one for each run.
+    A run whose loss diverges does not disturb the others.
+
+    Args:
+        loss: `loss(parameters, step)` gives one loss for each run, shape R.
+        initial: names → tensors of shape (*R, …), the start of every run; not changed.
+        lrs: the runs' learning rates, of any shape R (one axis, or seeds × rates).
+        steps: how many updates, an integer ≥ 1.
+        optimizer: "sgd" is plain gradient descent; "adam" is Adam with β = (0.9, 0.999), ε = 1e-8, equal to
+            torch.optim.Adam's for each run.
+        decay: whether the learning rates fall linearly to 0 over the steps.
+
+    Returns:
+        Names → trained values, shape (*R, …), and the loss before each update, shape (steps, *R).
+
+    Raises:
+        ValueError: an unknown optimizer, steps < 1, an initial value whose first axes are not the runs, or a loss
+            that is not one for each run.
+        TypeError: lrs is not a tensor, or steps not an integer.
+
+    Example:
+        >>> start, lrs = {"x": torch.ones(2)}, torch.tensor([0.25, 0.5])
+        >>> trained, curve = train_many(lambda p, step: p["x"] ** 2, start, lrs, 1, "sgd")  # x − lr·2x
+        >>> trained["x"].tolist(), curve.tolist()
+        ([0.5, 0.0], [[1.0, 1.0]])
     """
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer = {optimizer!r} is unknown; choose 'adam' or 'sgd'")
@@ -88,8 +105,7 @@ def train_many(
                 f"{tuple(lrs.shape)}"
             )
     p = {name: value.clone().requires_grad_() for name, value in initial.items()}
-    m = {name: torch.zeros_like(value) for name, value in initial.items()}
-    v = {name: torch.zeros_like(value) for name, value in initial.items()}
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in initial.items()}
     curve = None
     for t in range(steps):
         losses = loss(p, t)
@@ -106,12 +122,17 @@ def train_many(
                 eta = lr.to(value).view(*lrs.shape, *[1] * (value.ndim - lrs.ndim))
                 if optimizer == "sgd":
                     value -= eta * g
-                    continue
-                m[name].lerp_(g, 0.1)
-                v[name].mul_(0.999).addcmul_(g, g, value=0.001)
-                unbiased = (v[name] / (1 - 0.999 ** (t + 1))).sqrt_().add_(1e-8)
-                value -= eta * (m[name] / (1 - 0.9 ** (t + 1))) / unbiased
+                else:
+                    _adam_update(value, g, *moments[name], eta, t + 1)
     return {name: value.detach() for name, value in p.items()}, curve
+
+
+def _adam_update(value: Tensor, g: Tensor, m: Tensor, v: Tensor, eta: Tensor, t: int) -> None:
+    """Adam's update number t = 1, 2, … of value, its moments m and v, all in place; eta is the learning rate."""
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    unbiased = (v / (1 - 0.999**t)).sqrt_().add_(1e-8)
+    value -= eta * (m / (1 - 0.9**t)) / unbiased
 
 
 def cross_entropy_many(logits: Tensor, y: Tensor) -> Tensor:
@@ -124,8 +145,12 @@ def cross_entropy_many(logits: Tensor, y: Tensor) -> Tensor:
 class Fit:
     """Classifiers trained from S seeds at L learning rates each: what `fit` returns.
 
-    `trained` maps names to (S, L, …), `fixed` (what was not trained) to (S, …); `curve` is the
-    training loss (steps, S, L).
+    Args:
+        model: the first of the models, for its form.
+        trained: names → trained values, shape (S, L, …).
+        fixed: names → values that were not trained, shape (S, …).
+        lrs: the L learning rates.
+        curve: the training loss in nats, shape (steps, S, L).
     """
 
     model: nn.Module
@@ -174,12 +199,32 @@ def fit(
 ) -> Fit:
     """Train every model (one for each seed) at every rate, all at once, by cross-entropy.
 
-    The models must be alike but for their numbers; whatever in them requires a gradient is
-    trained: all of a network, its LoRA factors, the z of a RandomSubspace. They are not changed.
-    X is (N, 64), y (N,). Seed i draws its mini-batches from its own generator; its runs share
-    them, so that rates are compared on equal data.
-    A batch is at most all of X. Errors: ValueError for no models, models that train nothing, or
-    unequal numbers of images and labels.
+    Seed i draws its mini-batches from its own generator; its runs share them, so that rates are compared on equal
+    data. The learning rates fall linearly to 0.
+
+    Args:
+        models: one for each seed, equal but for their numbers; not changed. Whatever in them requires a gradient is
+            trained: all of a network, its LoRA factors, the z of a RandomSubspace.
+        X: the images, shape (N, 64).
+        y: their labels, shape (N,).
+        lrs: the learning rates.
+        steps: how many updates, an integer ≥ 1.
+        batch: images of a step, an integer ≥ 1; at most all of X are used.
+        optimizer: "adam" or "sgd", as in `train_many`.
+
+    Returns:
+        The trained values and the training loss of every seed and rate.
+
+    Raises:
+        ValueError: no models, models that train nothing, unequal numbers of images and labels, or arguments that
+            `train_many` or `batch_indices` refuses.
+
+    Example:
+        >>> models = [nn.Linear(64, 3), nn.Linear(64, 3)]
+        >>> X, y = torch.eye(64)[:6], torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> result = fit(models, X, y, lrs=[1e-3, 0.1, 1.0], steps=5)
+        >>> tuple(result.trained["weight"].shape), tuple(result.curve.shape)
+        ((2, 3, 3, 64), (5, 2, 3))
     """
     if not models or len(X) != len(y):
         raise ValueError(

@@ -52,7 +52,24 @@ STYLE = {
 def figure(finding: str, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, Axes]:
     """A figure whose title says what was found; its axes as plt.subplots gives them.
 
-    `options` go to plt.subplots (figsize in inches, sharey …).
+    It sets matplotlib's rcParams to STYLE, for this figure and the later ones.
+
+    Args:
+        finding: the title, one sentence.
+        rows: how many rows of axes.
+        columns: how many columns of axes.
+        **options: go to plt.subplots (figsize in inches, sharey …).
+
+    Returns:
+        The figure and its axes: one Axes, or an array of them for more than one row or column.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> made, axes = figure("Rank 2 is enough", columns=3, figsize=(9, 3))
+        >>> made.get_suptitle(), axes.shape
+        ('Rank 2 is enough', (3,))
+        >>> plt.close(made)
     """
     plt.rcParams.update(STYLE)
     made, axes = plt.subplots(rows, columns, **options)
@@ -61,10 +78,26 @@ def figure(finding: str, rows: int = 1, columns: int = 1, **options) -> tuple[Fi
 
 
 def seeds(ax: Axes, x, runs, label: str, series: int = 0) -> None:
-    """The mean over seeds as a line, the range from the worst to the best seed as a band.
+    """Draw the mean over seeds as a line, and the range from the worst to the best seed as a band.
 
-    x: n numbers; runs: (seeds, n), one row for each seed; series: which entry of SERIES.
-    Errors: ValueError unless runs has one column for each x and at least two rows.
+    Args:
+        ax: the axes to draw on.
+        x: n numbers.
+        runs: shape (seeds, n), one row for each seed.
+        label: the line's name in the legend.
+        series: which entry of SERIES gives colour, marker and line; counted modulo their number.
+
+    Raises:
+        ValueError: runs does not have one column for each x and at least two rows.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> made, ax = figure("The loss falls")
+        >>> seeds(ax, [1, 2, 3], [[4.0, 2.0, 1.0], [6.0, 3.0, 2.0]], "LoRA")
+        >>> ax.lines[0].get_ydata().tolist()
+        [5.0, 2.5, 1.5]
+        >>> plt.close(made)
     """
     runs = np.asarray(runs, dtype=float)
     if runs.ndim != 2 or runs.shape[1] != len(x) or len(runs) < 2:
@@ -75,16 +108,42 @@ def seeds(ax: Axes, x, runs, label: str, series: int = 0) -> None:
 
 
 def log_ticks(ax: Axes, values) -> None:
-    """A logarithmic x axis with a tick at each of these values, and nowhere else."""
+    """Give axes a logarithmic x axis with a tick at each of these values, and nowhere else.
+
+    Args:
+        ax: the axes to change.
+        values: the ticks, numbers above 0; their labels have commas between thousands.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> made, ax = figure("More steps help")
+        >>> log_ticks(ax, [10, 1000])
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['10', '1,000']
+        >>> plt.close(made)
+    """
     ax.set_xscale("log")
     ax.set_xticks(list(values), [f"{v:,}" for v in values])
     ax.minorticks_off()
 
 
 def spread(runs, digits: int = 3) -> str:
-    """'mean ± sample standard deviation' as text; runs holds one number for each seed.
+    """'mean ± sample standard deviation' as text.
 
-    Errors: ValueError for fewer than two numbers, which have no spread.
+    Args:
+        runs: one number for each seed, at least two.
+        digits: how many decimals.
+
+    Returns:
+        The text; the standard deviation divides by the number of seeds less one.
+
+    Raises:
+        ValueError: fewer than two numbers, which have no spread, or more than one axis.
+
+    Example:
+        >>> spread([0.5, 0.7, 0.9], digits=2)
+        '0.70 ± 0.20'
     """
     runs = np.asarray(runs, dtype=float)
     if runs.ndim != 1 or len(runs) < 2:

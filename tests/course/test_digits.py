@@ -1,4 +1,4 @@
-"""course/data.py: the digits and the photograph are what scikit-learn ships, split without overlap."""
+"""course/digits.py: the digits are what scikit-learn ships, split without overlap."""
 
 import dataclasses
 
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.datasets import load_sample_image
 
 from lora_ref.course.digits import faded, load_digits, tilted
-from lora_ref.course.photograph import photograph
 
 PARTS = ("train", "val", "test")
 
@@ -90,12 +88,3 @@ def test_faded_images_keep_their_order_between_3_and_7_tenths():
 def test_digits_cannot_be_changed_by_accident(digits):
     with pytest.raises(dataclasses.FrozenInstanceError):
         digits.X_train = None
-
-
-def test_the_photograph_is_the_grey_of_its_colours():
-    grey, rgb = photograph(), load_sample_image("china.jpg")
-    assert grey.shape == (427, 640) and grey.dtype == torch.float64
-    assert 0 <= grey.min() < 0.1 and 0.9 < grey.max() <= 1
-    for i, j in ((0, 0), (200, 300), (426, 639), (10, 500)):
-        r, g, b = (int(x) for x in rgb[i, j])
-        assert grey[i, j].item() == pytest.approx((0.299 * r + 0.587 * g + 0.114 * b) / 255)

@@ -80,14 +80,8 @@ def card(corpus: Corpus, record: dict, samples: list[str], vocab_size: int, wind
 
     `samples` has one text for each of PROMPTS.
     """
-    batch_size, length = windows
     size = sum(len(text.encode()) for text in corpus.train)
     sources = "\n".join(f"| {name} | {record['packages'][name]} | {licence} |" for name, licence in PACKAGES.items())
-    prompts = ", ".join(f'"{prompt}"' for prompt in PROMPTS)
-    drawn = "\n".join(f"> {' '.join(text.split())}\n" for text in samples)
-    steps, tokens = record["steps"], record["steps"] * batch_size * length
-    minutes, threads = record["seconds"] / 60, record["threads"]
-    bits, uniform, untrained = record["bits_per_byte"], record["uniform"], record["untrained"]
     return f"""# prose_llama
 
 A Llama (transformers) of {record["parameters"]:,} parameters with a byte-level BPE of {vocab_size:,} tokens, trained \
@@ -107,15 +101,29 @@ packages; they are not shipped here.
 
 {len(corpus.train):,} documents of {size:,} bytes for training; {len(corpus.held_out):,}, chosen by hash, held out.
 
-## Training
+{_training_section(record, windows)}
+
+{_quality_section(record, samples)}"""
+
+
+def _training_section(record: dict, windows: tuple[int, int]) -> str:
+    batch_size, length = windows
+    steps, tokens = record["steps"], record["steps"] * batch_size * length
+    minutes, threads = record["seconds"] / 60, record["threads"]
+    return f"""## Training
 
 {steps:,} steps of {batch_size} × {length} tokens ({tokens:,} in all), AdamW, peak rate {record["rate"]:g}, bfloat16 \
 autocast,
 seed {record["seed"]}; {minutes:.0f} minutes on {threads} CPU thread(s), torch {record["torch"]}.
 
-    python -m lora_ref.course.text.pretrain
+    python -m lora_ref.course.text.pretrain"""
 
-## Quality
+
+def _quality_section(record: dict, samples: list[str]) -> str:
+    prompts = ", ".join(f'"{prompt}"' for prompt in PROMPTS)
+    drawn = "\n".join(f"> {' '.join(text.split())}\n" for text in samples)
+    bits, uniform, untrained = record["bits_per_byte"], record["uniform"], record["untrained"]
+    return f"""## Quality
 
 Held-out bits per byte: **{bits:.3f}** (uniform over tokens: {uniform:.3f}; the untrained model:
 {untrained:.3f}). Drawn at temperature 0.7, with the prompts {prompts}:
