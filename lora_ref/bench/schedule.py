@@ -1,12 +1,13 @@
 """Which cases a run measures, in which order, and with how many rounds, so that it ends within its budget.
 
-    estimate = min_i t_i + w · min_i t_i/w_i
+    estimate(w) = t_j + c·(w − w_j)
 
-for a case of w multiply-adds, i running over the cases of its benchmark and group that were measured so far, t_i their
-seconds and w_i their multiply-adds. If every case took a + b·w seconds, this would never be too low; each case that is
-measured brings it closer.
+seconds for a case of w multiply-adds. j is the case of its benchmark and group, of those measured so far, whose
+multiply-adds w_j are nearest, t_j its seconds; c is the slope between the smallest and the largest of them: what a
+multiply-add takes once the time that every case takes is subtracted.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from .benchmarks import Benchmark
 
 MIN_ROUNDS = 3
 SHARE_OF_A_CASE = 1 / 12  # of the budget: a case that takes longer gets fewer rounds
+SLOPE_FLOOR = 4  # times FIRST_RATE: no case is expected to run faster than this
 FIRST_RATE = {"cpu": 1e10, "cuda": 5e12}  # multiply-adds per second, until a case of the run says more
 
 
@@ -40,6 +42,13 @@ class Job(NamedTuple):
         if hasattr(self.case, "_asdict"):
             return ", ".join(f"{name} {value}" for name, value in self.case._asdict().items()).replace("torch.", "")
         return "×".join(map(str, self.case)) if isinstance(self.case, tuple) else str(self.case)
+
+
+class Point(NamedTuple):
+    """Multiply-adds and seconds of a case that was measured."""
+
+    work: float
+    seconds: float
 
 
 class LeftOut(NamedTuple):
@@ -131,25 +140,36 @@ class Estimator:
         self.first_rate = FIRST_RATE[device_type]
         if device_type == "cpu":
             self.first_rate *= threads
-        self.measured: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (work, seconds) by benchmark and group
+        self.measured: dict[tuple[str, str], list[Point]] = {}  # by benchmark and group
 
     def add(self, job: Job, rounds: int, seconds: float) -> None:
         """A case that was measured."""
-        points = self.measured.setdefault((job.name, job.group), [])
-        points.append((job.benchmark.work(job.case, rounds), seconds))
+        point = Point(job.benchmark.work(job.case, rounds), seconds)
+        self.measured.setdefault((job.name, job.group), []).append(point)
 
     def seconds(self, job: Job, rounds: int) -> float:
         """The estimate at the head of this module; from the benchmark's other groups, or from other benchmarks, where
         the group has no case yet."""
-        work = job.benchmark.work(job.case, rounds)
-        own = self.measured.get((job.name, job.group))
-        if own is None:
-            own = [point for (name, _), points in self.measured.items() if name == job.name for point in points]
-        if own:
-            return min(seconds for _, seconds in own) + work * min(seconds / work for work, seconds in own)
-        others = [min(seconds / work for work, seconds in points) for points in self.measured.values()]
-        per_multiply_add = statistics.median(others) if others else 1 / self.first_rate
-        return job.benchmark.setup_seconds + work * per_multiply_add
+        work, setup = job.benchmark.work(job.case, rounds), job.benchmark.setup_seconds
+        points = self.measured.get((job.name, job.group))
+        if points is None:
+            points = [point for (name, _), group in self.measured.items() if name == job.name for point in group]
+        if not points:
+            slopes = [self._slope(group, setup) for group in self.measured.values()]
+            return setup + work * (statistics.median(slopes) if slopes else 1 / self.first_rate)
+        near = min(points, key=lambda point: abs(math.log(work / point.work)))
+        extrapolated = near.seconds + self._slope(points, setup) * (work - near.work)
+        return max(extrapolated, min(point.seconds for point in points) / 2)
+
+    def _slope(self, points: list[Point], setup: float) -> float:
+        """Seconds per multiply-add. The clock's noise makes it neither 0 nor more than a case took altogether."""
+        small, large = min(points), max(points)
+        if small.work < large.work:
+            slope = (large.seconds - small.seconds) / (large.work - small.work)
+        else:
+            slope = (large.seconds - setup) / large.work
+        slope = max(slope, 1 / (SLOPE_FLOOR * self.first_rate))
+        return min(slope, min(point.seconds / point.work for point in points))
 
     def affordable_rounds(self, job: Job, rounds: int, allowance: float) -> int:
         """The most rounds, from `rounds` down to MIN_ROUNDS, with which the case takes at most `allowance` seconds."""

@@ -81,7 +81,7 @@ def test_rows_are_of_each_contender_eager_and_compiled(monkeypatch):
         assert list(row["seconds"]) == [f"{name}, eager", f"{name}, compiled"]
         assert all(len(times) == 2 and row["compile_s"] > max(times) for times in row["seconds"].values())
         assert row["graphs"] == 1 and row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
-        ratios = [c / e for e, c in zip(*row["seconds"].values())]
+        ratios = [c / e for e, c in zip(*row["seconds"].values(), strict=True)]
         assert row["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
         assert 0 < row["eager_MiB"] and 0 < row["compiled_MiB"]
     assert found[2]["eager_÷peft"] == found[2]["compiled_÷peft"] == 1 != found[0]["compiled_÷peft"]

@@ -27,7 +27,7 @@ def test_the_contenders_compute_the_same_and_train_what_they_should(dtype):
         assert count_trained(layers[name]) == 3 * (48 + 80)
     for name, (y, dx) in results.items():
         scale = 3e-6 if dtype == torch.float32 else 3e-2
-        for mine, theirs in zip(results["lora_ref"], (y, dx)):
+        for mine, theirs in zip(results["lora_ref"], (y, dx), strict=True):
             assert (mine - theirs).norm() <= scale * theirs.norm(), name
     assert count_trained(layers["full"]) == 48 * 80 + 48
     assert count_trained(layers["frozen"]) == 0

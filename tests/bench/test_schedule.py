@@ -1,183 +1,225 @@
-"""lora_ref.bench.schedule: order, budget, rounds and Ctrl-C, with benchmarks whose time a fake clock counts."""
+"""lora_ref.bench.schedule: which cases, in which order, with how many rounds; estimates against a known cost."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lora_ref.bench.benchmarks import Benchmark
-from lora_ref.bench.schedule import Estimator, Job, Outcome, choose, most_informative_first, run, without_emulated
+from lora_ref.bench.benchmarks import BENCHMARKS, Benchmark
+from lora_ref.bench.hardware import emulated_dtypes
+from lora_ref.bench.schedule import Estimator, Job, choose, most_informative_first, run, without_emulated
 
 CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
-    size: int
+    size: float
     group: str = ""
-    dtype: torch.dtype = torch.float32
 
 
 class Machine:
-    """A clock, and benchmarks that move it: a case takes setup + size · rounds seconds."""
+    """A clock, and benchmarks that take overhead + rate · work of its seconds."""
 
     def __init__(self):
         self.now = 0.0
-        self.calls = []  # (benchmark, size, rounds)
+        self.measured = []
 
-    def clock(self):
+    def __call__(self):
         return self.now
 
-    def benchmark(self, name, cases, setup=0.0, interrupted_at=None, **settings):
+    def benchmark(self, cases, overhead=0.5, rate=1e-9, slow=(), **options):
+        def work(case, rounds):
+            return rounds * case.size
+
         def measure(case, rounds, device):
-            self.calls.append((name, case.size, rounds))
-            self.now += setup + case.size * (rounds if settings.get("has_rounds", True) else 1)
-            yield {"size": case.size, "part": 1}
-            if case.size == interrupted_at:
-                raise KeyboardInterrupt
-            yield {"size": case.size, "part": 2}
+            slower = 30 if case.group in slow else 1
+            self.now += overhead + slower * rate * work(case, rounds)
+            self.measured.append((case, rounds))
+            yield {"size": case.size, "seconds": {}}
 
-        return Benchmark(measure, str, lambda case, rounds: case.size * rounds, cases, setup_seconds=0, **settings)
-
-    def run(self, benchmarks, budget, rounds=7, **settings):
-        return run(choose(benchmarks, "full"), rounds, budget, CPU, clock=self.clock, **settings)
+        return Benchmark(measure, str, work, cases, **options)
 
 
-def sizes(*values, group=""):
-    return [Case(size, group) for size in values]
+def jobs_of(**benchmarks):
+    return choose(benchmarks, "full")
 
 
-def test_the_first_wave_has_one_case_of_every_benchmark_and_group_the_cheapest_first():
+def test_a_size_chooses_the_first_the_default_or_all_cases():
+    benchmark = Machine().benchmark([Case(n) for n in (1, 2, 3)], default_cases=2)
+    found = {size: [job.case.size for job in choose({"a": benchmark}, size)] for size in ("quick", "default", "full")}
+    assert found == {"quick": [1], "default": [1, 2], "full": [1, 2, 3]}
+    assert {job.case.dtype for job in choose(BENCHMARKS, "quick") if job.name == "layer"} == {torch.float32}
+
+
+def test_every_benchmark_and_group_comes_before_any_comes_again_and_sizes_spread():
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    cases = [Case(n, group) for n in reversed(sizes) for group in "xy"]
     machine = Machine()
-    one = machine.benchmark("one", sizes(9, 5, 7, group="x") + sizes(3, 4, 2, group="y"))
-    two = machine.benchmark("two", sizes(60, 10, 30))
-    ordered = most_informative_first(choose({"one": one, "two": two}, "full"), rounds=7)
-    found = [(job.name, job.group, job.case.size) for job in ordered]
-    assert found[:3] == [("one", "y", 2), ("one", "x", 5), ("two", "", 10)]
-    assert {(name, group) for name, group, _ in found[3:6]} == {("one", "x"), ("one", "y"), ("two", "")}
-    assert len(found) == len(set(found)) == 9
+    jobs = jobs_of(a=machine.benchmark(cases), b=machine.benchmark(cases[:4]))
+    ordered = most_informative_first(jobs, 7)
+    assert sorted(map(id, ordered)) == sorted(map(id, jobs))
+    assert [(job.name, job.group) for job in ordered[:4]] == [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    assert {job.case.size for job in ordered[:2]} == {1}, "the cheapest come first"
+    of_a_group = [job.case.size for job in ordered if (job.name, job.group) == ("a", "x")]
+    assert of_a_group == [1, 16, 4, 64, 2, 8, 32]
 
 
-def test_within_a_group_the_sizes_spread_out():
-    jobs = choose({"one": Machine().benchmark("one", sizes(8, 1, 3, 2, 4, 5, 7, 6))}, "full")
-    assert [job.case.size for job in most_informative_first(jobs, 7)] == [1, 5, 3, 7, 2, 4, 6, 8]
-    assert most_informative_first([], 7) == []
+def test_no_case_of_the_real_benchmarks_is_lost_by_ordering():
+    jobs = choose(BENCHMARKS, "full")
+    ordered = most_informative_first(jobs, 7)
+    places = [(job.name, job.position) for job in ordered]
+    assert sorted(places) == sorted((job.name, job.position) for job in jobs) and len(set(places)) == len(jobs)
+    assert len({(job.name, job.group) for job in ordered[:14]}) == 14
 
 
-def test_without_a_budget_all_cases_run_in_the_order_of_the_table_with_all_rounds():
+def test_the_work_of_the_real_cases_is_positive_and_grows_with_their_rounds():
+    for job in choose(BENCHMARKS, "full"):
+        few, many = (job.benchmark.work(job.case, rounds) for rounds in (3, 7))
+        assert 0 < few and (few < many if job.benchmark.has_rounds else few == many), job
+
+
+@given(
+    overhead=st.floats(0, 5),
+    rate=st.floats(1e-10, 1e-6),
+    sizes=st.lists(st.integers(1, 10**9), min_size=2, max_size=5, unique=True),
+    size=st.integers(1, 10**9),
+)
+def test_an_estimate_is_right_for_a_machine_of_constant_speed(overhead, rate, sizes, size):
+    benchmark = Benchmark(None, None, lambda case, rounds: rounds * case.size, [])
+    estimator = Estimator("cpu")
+    for own in sizes:
+        estimator.add(Job("a", benchmark, 0, Case(own)), 7, overhead + rate * 7 * own)
+    smallest, truth = overhead + rate * 7 * min(sizes), overhead + rate * 7 * size
+    estimate = estimator.seconds(Job("a", benchmark, 0, Case(size)), 7)
+    assert estimate == pytest.approx(max(truth, smallest / 2), rel=1e-3)
+
+
+def test_estimates_come_from_the_group_then_the_benchmark_then_the_others():
+    benchmark = Benchmark(None, None, lambda case, rounds: case.size, [], setup_seconds=2)
+    estimator = Estimator("cpu", threads=2)
+
+    def estimate(name, group, size=1e10):
+        return estimator.seconds(Job(name, benchmark, 0, Case(size, group)), 7)
+
+    assert estimate("a", "x") == pytest.approx(2 + 0.5)  # two threads at 1e10 multiply-adds a second
+    estimator.add(Job("b", benchmark, 0, Case(1e10)), 7, 6.0)  # of which 2 are expected whatever the size
+    assert estimate("a", "x") == pytest.approx(2 + 4)
+    estimator.add(Job("a", benchmark, 0, Case(1e10, "y")), 7, 32.0)
+    assert estimate("a", "x") == pytest.approx(32) and estimate("a", "x", 2e10) == pytest.approx(62)
+    estimator.add(Job("a", benchmark, 0, Case(1e10, "x")), 7, 3.0)
+    assert estimate("a", "x") == pytest.approx(3) and estimate("a", "x", 2e10) == pytest.approx(4)
+
+
+def test_noise_makes_no_case_free():
+    benchmark = Benchmark(None, None, lambda case, rounds: case.size, [])
+    estimator = Estimator("cpu")
+    for size, seconds in ((1e9, 2.0), (1e10, 1.0)):  # the larger one took less
+        estimator.add(Job("a", benchmark, 0, Case(size)), 7, seconds)
+    found = [estimator.seconds(Job("a", benchmark, 0, Case(size)), 7) for size in (1e8, 1e11, 1e12)]
+    assert 0.5 <= found[0] and 1 + 0.2 * 9 < found[1] < found[2] <= 1 + 1e12 / 1e10
+
+
+def test_expensive_cases_get_fewer_rounds_but_three():
     machine = Machine()
-    outcome = machine.run({"one": machine.benchmark("one", sizes(1000, 1, 50))}, budget=None)
-    assert machine.calls == [("one", 1000, 7), ("one", 1, 7), ("one", 50, 7)]
-    assert outcome.complete and not outcome.interrupted and outcome.left_out == []
+    benchmark = machine.benchmark([Case(1)], overhead=0, setup_seconds=0)
+    estimator = Estimator("cpu")
+    estimator.first_rate = 1.0  # a round of n multiply-adds takes n seconds
+    job = Job("a", benchmark, 0, Case(1))
+    assert [estimator.affordable_rounds(job, 7, allowance) for allowance in (10, 7, 5.5, 3, 0.1)] == [7, 7, 5, 3, 3]
+    assert estimator.affordable_rounds(job, 2, 0.1) == 2, "what was asked for is never raised"
+    without = Job("a", benchmark._replace(has_rounds=False), 0, Case(1))
+    assert estimator.affordable_rounds(without, 7, 0.1) == 7
 
 
-def test_what_does_not_fit_is_left_out_and_counted_and_the_budget_holds():
+@pytest.mark.parametrize("rate", [1e-12, 1e-9, 3e-8])
+@pytest.mark.parametrize("budget", [20, 300])
+def test_a_run_stays_within_its_budget_on_fast_and_slow_machines(rate, budget):
     machine = Machine()
-    benchmarks = {
-        "one": machine.benchmark("one", sizes(1, 2, 3, 4, 500)),
-        "two": machine.benchmark("two", sizes(1, 2, 600)),
-    }
-    outcome = machine.run(benchmarks, budget=200.0)
-    assert machine.now <= 200
-    left_out = [(left.job.name, left.job.case.size, left.reason) for left in outcome.left_out]
-    assert sorted(left_out) == [("one", 500, "budget"), ("two", 600, "budget")]
-    assert not outcome.complete and not outcome.interrupted
-    assert len(machine.calls) + len(outcome.left_out) == 8
+    cases = [Case(size, group) for size in (1e7, 3e7, 1e8, 3e8, 1e9, 3e9, 1e10) for group in "xy"]
+    benchmarks = {"a": machine.benchmark(cases, rate=rate), "b": machine.benchmark(cases[:6], 2, rate)}
+    outcome = run(jobs_of(**benchmarks), 7, budget, CPU, clock=machine)
+    assert machine.now <= 1.2 * budget and outcome.rows["a"] and outcome.rows["b"]
+    left = len(outcome.left_out)
+    assert len(machine.measured) + left == 20 and outcome.complete == (left == 0)
+    if rate == 1e-12 and budget == 300:
+        assert left == 0 and all(rounds == 7 for _, rounds in machine.measured)
+    if rate == 3e-8:
+        assert left > 0 and {one.reason for one in outcome.left_out} == {"budget"}
+    assert {rounds for _, rounds in machine.measured} <= set(range(3, 8))
 
 
-def test_rows_come_back_in_the_order_of_the_table():
+def test_a_kind_that_is_thirty_times_slower_than_expected_overshoots_by_one_cheap_case():
     machine = Machine()
-    outcome = machine.run({"one": machine.benchmark("one", sizes(3, 1, 2))}, budget=1000.0)
-    assert [call[1] for call in machine.calls] != [3, 1, 2]
-    assert [(row["size"], row["part"]) for row in outcome.rows["one"]] == [
-        (3, 1), (3, 2), (1, 1), (1, 2), (2, 1), (2, 2),
-    ]  # fmt: skip
+    cases = [Case(size, group) for size in (1e8, 3e8, 1e9, 3e9) for group in ("native", "emulated")]
+    run(jobs_of(a=machine.benchmark(cases, slow=("emulated",))), 7, 60, CPU, clock=machine)
+    assert machine.now <= 1.2 * 60
+    assert (Case(1e8, "emulated"), 7) in machine.measured and Case(3e9, "emulated") not in dict(machine.measured)
 
 
-def test_expensive_cases_get_fewer_rounds_but_never_fewer_than_3():
+def test_a_case_that_does_not_fit_is_left_out_and_a_cheaper_one_after_it_still_runs():
     machine = Machine()
-    outcome = machine.run({"one": machine.benchmark("one", sizes(1, 4, 20))}, budget=240.0)
-    rounds = {size: rounds for _, size, rounds in machine.calls}
-    assert rounds[1] == 7 and rounds[20] == 3 and 3 <= rounds[4] < 7
-    assert all(row["rounds"] == rounds[row["size"]] for row in outcome.rows["one"])
-    assert outcome.complete
-
-
-def test_rounds_below_3_stay_as_they_were_asked_for():
-    machine = Machine()
-    machine.run({"one": machine.benchmark("one", sizes(1, 20))}, budget=100.0, rounds=2)
-    assert {rounds for _, _, rounds in machine.calls} == {2}
-
-
-def test_a_benchmark_without_rounds_has_no_such_column():
-    machine = Machine()
-    outcome = machine.run({"one": machine.benchmark("one", sizes(1), has_rounds=False)}, budget=100.0)
-    assert all("rounds" not in row for row in outcome.rows["one"]) and machine.calls == [("one", 1, 7)]
+    cases = [Case(1e9, "x"), Case(1e12, "x"), Case(1e9, "y")]
+    outcome = run(jobs_of(a=machine.benchmark(cases)), 7, 60, CPU, clock=machine)
+    assert [one.job.case for one in outcome.left_out] == [Case(1e12, "x")] and len(machine.measured) == 2
 
 
 def test_the_budget_counts_from_the_start_of_the_program():
     machine = Machine()
-    machine.now = 95.0
-    outcome = machine.run({"one": machine.benchmark("one", sizes(1, 2))}, budget=100.0, started=0.0)
-    assert len(machine.calls) == 1 and [left.job.case.size for left in outcome.left_out] == [2]
+    machine.now = 59
+    outcome = run(jobs_of(a=machine.benchmark([Case(1e9)])), 7, 60, CPU, clock=machine, started=0)
+    assert not machine.measured and len(outcome.left_out) == 1
 
 
-@pytest.mark.parametrize("budget", [None, 1000.0])
-def test_ctrl_c_keeps_the_rows_and_names_what_is_missing(budget):
-    machine = Machine()
-    shown = []
-    benchmarks = {"one": machine.benchmark("one", sizes(1, 2), interrupted_at=2), "two": machine.benchmark("two", [])}
-    benchmarks["three"] = machine.benchmark("three", sizes(5, 6, 7))
-    outcome = machine.run(benchmarks, budget, on_row=lambda job, row: shown.append((job.name, row["size"])))
-    assert outcome.interrupted and not outcome.complete
-    assert [(row["size"], row["part"]) for row in outcome.rows["one"]] == [(1, 1), (1, 2), (2, 1)]
-    missing = {(left.job.name, left.job.case.size) for left in outcome.left_out}
-    assert ("one", 2) in missing and {left.reason for left in outcome.left_out} == {"interrupted"}
-    assert {name for name, _ in missing} == {"one", "three"}
-    assert len(shown) == sum(map(len, outcome.rows.values()))
+def test_rows_are_passed_on_as_they_are_measured():
+    machine, seen = Machine(), []
+    benchmark = machine.benchmark([Case(1e9), Case(2e9)])
+    run(jobs_of(a=benchmark), 7, None, CPU, on_row=lambda job, row: seen.append((machine.now, row["rounds"])))
+    assert seen == [(pytest.approx(7.5), 7), (pytest.approx(22), 7)]
 
 
-def test_rows_are_given_at_once():
-    machine = Machine()
-    seen = []
-    machine.run({"one": machine.benchmark("one", sizes(1, 2))}, None, on_row=lambda job, row: seen.append(machine.now))
-    assert seen == [7, 7, 21, 21]
-
-
-def test_the_estimate_is_never_too_low_for_times_linear_in_the_work():
-    estimator = Estimator("cpu")
-    jobs = choose({"one": Machine().benchmark("one", sizes(1, 10, 100, 1000))}, "full")
-    for job in jobs[:3]:
-        estimator.add(job, 7, 5 + 2 * job.case.size * 7)
-    assert 5 + 2 * 7000 <= estimator.seconds(jobs[3], 7) < 1.5 * (5 + 2 * 7000)
-
-
-def test_the_first_estimates_come_from_other_groups_and_then_from_other_benchmarks():
-    estimator = Estimator("cpu", threads=2)
-    machine = Machine()
-    one = machine.benchmark("one", [Case(10, "x"), Case(10, "y")])
-    jobs = choose({"one": one, "two": machine.benchmark("two", sizes(10))}, "full")
-    assert estimator.seconds(jobs[0], 3) == pytest.approx(30 / 2e10)
-    estimator.add(jobs[0], 3, 60.0)
-    assert estimator.seconds(jobs[1], 3) == 60 + 30 * 2
-    assert estimator.seconds(jobs[2], 3) == 30 * 2
-
-
-def test_choose_takes_the_cases_of_the_size():
-    benchmark = Machine().benchmark("one", sizes(1, 2, 3), default_cases=2)
-    counts = {size: len(choose({"one": benchmark}, size)) for size in ("quick", "default", "full")}
-    assert counts == {"quick": 1, "default": 2, "full": 3}
-
-
-def test_emulated_cases_are_set_aside_and_do_not_make_a_run_incomplete():
-    cases = [Case(1), Case(2, dtype=torch.bfloat16)]
-    jobs = choose({"one": Machine().benchmark("one", cases)}, "full")
+def test_emulated_cases_are_set_aside():
+    jobs = choose({"layer": BENCHMARKS["layer"]}, "default")
     native, left_out = without_emulated(jobs, {torch.bfloat16: "why"})
-    assert native == jobs[:1] and [(left.job, left.reason) for left in left_out] == [(jobs[1], "emulated")]
-    assert Outcome({}, left_out).complete
+    assert {job.case.dtype for job in native} == {torch.float32} and len(native) == len(left_out) == len(jobs) / 2
+    assert {one.reason for one in left_out} == {"emulated"}
+    assert str(native[0]) == "d 256, k 384, N 512, r 8, p 0.0, dtype float32"
     assert without_emulated(jobs, {}) == (jobs, [])
 
 
-def test_a_job_is_named_by_its_case():
-    benchmark = Machine().benchmark("one", [])
-    assert str(Job("one", benchmark, 0, Case(2, "g", torch.bfloat16))) == "size 2, group g, dtype bfloat16"
-    assert str(Job("one", benchmark, 0, (256, 192))) == "256×192" and str(Job("one", benchmark, 0, "x")) == "x"
+# What the hardware says
+
+
+@pytest.mark.parametrize(
+    "found, emulated",
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_tile": False}, True),
+        ({"avx2": True, "avx512_bf16": True}, False),
+        ({"avx512_f": True, "amx_tile": True}, False),
+        ({"neon": True, "bf16": False}, True),
+        ({"neon": True, "bf16": True}, False),
+    ],
+)
+def test_bfloat16_is_emulated_where_no_instruction_multiplies_it(found, emulated, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert (torch.bfloat16 in emulated_dtypes(CPU)) == emulated
+
+
+@pytest.mark.parametrize("flags, emulated", [("fpu avx2 fma", True), ("avx2 avx512_bf16", False), (None, False)])
+def test_proc_cpuinfo_is_read_where_torch_does_not_tell(flags, emulated, monkeypatch, tmp_path):
+    for name in ("get_capabilities", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.setattr("lora_ref.bench.hardware.CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    found = emulated_dtypes(CPU)
+    assert (torch.bfloat16 in found) == emulated
+    assert all("avx512_bf16, amx_bf16" in reason for reason in found.values())
+
+
+def test_older_torch_answers_by_single_questions(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert emulated_dtypes(CPU) == {}

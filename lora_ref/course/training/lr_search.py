@@ -62,8 +62,6 @@ def next_lrs(
         return []
     if factor is None:
         return _beyond_the_edge(best, sorted(losses)) if math.isfinite(losses[best]) and len(grid) > 1 else []
-    if not math.isfinite(losses[best]):  # all have diverged: smaller ones may not
-        best = min(losses)
     neighbours = [best * factor, best / factor]
     return [lr for lr in neighbours if lr not in losses][:1]
 
@@ -72,10 +70,10 @@ def best_lr(losses: dict[float, float]) -> float:
     """The learning rate with the lowest loss.
 
     Args:
-        losses: loss of each learning rate, at least one; NaN counts as inf.
+        losses: loss of each learning rate, at least one; inf or NaN where training diverged.
 
     Returns:
-        The first one of equals.
+        The first one of equals; the smallest one where all of them diverged.
 
     Raises:
         ValueError: no losses.
@@ -86,7 +84,8 @@ def best_lr(losses: dict[float, float]) -> float:
     """
     if not losses:
         raise ValueError("losses = {} has no learning rate to choose from; try one first")
-    return min(losses, key=lambda lr: math.inf if math.isnan(losses[lr]) else losses[lr])
+    finite = [lr for lr, loss in losses.items() if math.isfinite(loss)]
+    return min(finite, key=losses.__getitem__) if finite else min(losses)
 
 
 def _beyond_the_edge(best: float, tried: list[float]) -> list[float]:

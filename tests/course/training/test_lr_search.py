@@ -1,4 +1,4 @@
-"""training/lr_search.py: what is tried next follows from the losses alone; the two searches that came before it agree."""
+"""training/lr_search.py: what is tried next follows from the losses alone; both earlier searches agree."""
 
 import math
 
