@@ -16,8 +16,9 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -86,7 +87,8 @@ class RunDirectory:
             with _logging_to(self.path / "log.txt"):
                 yield
         finally:
-            (self.path / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # Windows deletes no file that is open; it is empty and does no harm
+                (self.path / ".lock").unlink(missing_ok=True)
             lock.release()
 
     def log(self, text: str) -> None:
@@ -133,6 +135,11 @@ class RunDirectory:
         return NOTHING_DONE
 
 
+def _raise_again(record: logging.LogRecord) -> NoReturn:
+    """Let the error of a full disk or a closed pipe end the run; logging would print it and continue."""
+    raise  # the error that the handler is handling
+
+
 @contextmanager
 def _logging_to(file: Path) -> Iterator[None]:
     """Inside the `with`, this command's logger writes plain lines to stdout and to a file; other loggers do not."""
@@ -142,6 +149,7 @@ def _logging_to(file: Path) -> Iterator[None]:
     LOGGER.propagate = False
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.handleError = _raise_again
         LOGGER.addHandler(handler)
     try:
         yield

@@ -82,6 +82,35 @@ def test_a_line_is_logged_once_however_often_runs_are_opened_and_other_loggers_s
     assert logging.getLogger().handlers == root and LOGGER.handlers == [] and LOGGER.propagate
 
 
+def test_a_line_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError("the reader is gone")
+
+        def flush(self):
+            pass
+
+    main = directory_of(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError, match="the reader is gone"), main.open():
+        main.log("hello")
+    assert LOGGER.handlers == [] and not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_is_released_where_its_file_cannot_be_deleted(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def refuses(path, missing_ok=False):  # as Windows does with a file that is open
+        if path.name == ".lock":
+            raise PermissionError(f"{path} is in use")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuses)
+        opened(tmp_path)
+    opened(tmp_path)
+
+
 def test_half_a_character_that_a_model_wrote_is_saved(tmp_path, capsys):
     main, text = directory_of(tmp_path), "caf\ufffd α"  # what transformers makes of half a character's bytes
     with main.open():

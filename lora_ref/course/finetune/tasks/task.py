@@ -44,7 +44,7 @@ class Task:
         """Note what the task must know of the model. Errors: ValueError for a model that cannot do the task."""
 
     def summed_loss(self, model: nn.Module, rows: Sequence, num_adapters: int = 1) -> Tensor:
-        """The summed loss of some rows, in nats: a scalar with a gradient; or, for adapters side by side, one sum for each."""
+        """The summed loss of some rows, in nats: a scalar with a gradient; for several adapters, one sum for each."""
         raise NotImplementedError
 
     def loss_denominator(self, rows: Sequence) -> int:
@@ -59,8 +59,9 @@ class Task:
         return batches(self.rows["train"], size, self.profile.optimisation.steps, seed)
 
     def loss(self, plan: list[list[int]], process: int = 0, processes: int = 1, num_adapters: int = 1) -> Callable:
-        """loss(model, t, part): this process's and this part's share of the mean loss of step t; with num_adapters > 1 one
-        for each adapter.
+        """loss(model, t, part): this process's and this part's share of the mean loss of step t.
+
+        With num_adapters > 1 there is one share for each adapter.
 
             share = Σ of its own tokens' losses / number of tokens in the whole step
 
