@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import LoRAConfig
 from .initialization import Init
 from .lora_layer import LoRALayer
-from .matching import Plan, lora_layer_class
+from .matching import Plan, _planned_layer_class
 
 InitFn = Callable[[str, Tensor, LoRAConfig], Init | None]  # (path, W, the layer's config) → how the layer starts
 
@@ -31,7 +31,7 @@ def build_layers(
     try:
         for path, layer_config in plan.layers.items():
             base = model.get_submodule(path)
-            layer_class = lora_layer_class(base)
+            layer_class = _planned_layer_class(base)
             init = init_fn(path, layer_class.weight_to_matrix(base.weight.detach()), layer_config)
             try:
                 layers[path] = layer_class(base, layer_config, init, generator)

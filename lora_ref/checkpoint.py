@@ -22,7 +22,7 @@ from ._apply_plan import apply_plan, build_layers
 from .config import LoRAConfig
 from .initialization import INITIALIZERS, Init
 from .layers import LoRALinear
-from .matching import Plan, lora_layer_class, plan_lora
+from .matching import Plan, _planned_layer_class, plan_lora
 from .model import lora_layers, uncompiled
 from .peft_format import (
     CLASSIFIER_HEADS,
@@ -122,7 +122,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, trainable: bool
     _check_tensors(inner, plan, tensors, directory / TENSORS)
 
     def init_fn(path: str, W: Tensor, layer_config: LoRAConfig) -> Init:
-        layer_class = lora_layer_class(inner.get_submodule(path))
+        layer_class = _planned_layer_class(inner.get_submodule(path))
         A, B = (tensors[key].to(W.device).flatten(1).contiguous() for key in factor_keys(path, layer_class))
         is_replayed = layer_config.init_name == "pissa" and issubclass(layer_class, LoRALinear)  # as peft does
         return Init(A, B, INITIALIZERS["pissa"](W, layer_config.r, layer_config.scale).W0 if is_replayed else W)
@@ -173,10 +173,10 @@ def _adapter_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 def _expected_tensors(model: nn.Module, plan: Plan) -> dict[str, tuple[tuple, torch.dtype]]:
     """The file's keys with their shapes and dtypes, for a plain model; float32 stands for any floating-point dtype."""
-    expected = {}
+    expected: dict[str, tuple[tuple, torch.dtype]] = {}
     for path, layer_config in plan.layers.items():
         base = model.get_submodule(path)
-        layer_class = lora_layer_class(base)
+        layer_class = _planned_layer_class(base)
         keys = factor_keys(path, layer_class)
         shapes = factor_shapes(base.weight, layer_class, layer_config.r)
         expected |= {key: (shape, torch.float32) for key, shape in zip(keys, shapes, strict=True)}

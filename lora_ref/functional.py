@@ -204,7 +204,7 @@ class LoRALinearFunction(torch.autograd.Function):
             p = min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1) / DROPOUT_LEVELS
             mask = _keep_mask(X, p)
             dropped, s = _as_numbers(mask, X.dtype).mul_(X), s / (1 - p)
-        materialized = should_materialize(len(X), *W0.shape, X.dtype, p)
+        materialized = should_materialize(len(X), len(W0), X.shape[1], X.dtype, p)
         H = torch.mm(_to(dropped, dtype), a.t()) if need_B or not materialized else None
         if materialized:
             Y = F.linear(X, torch.addmm(W0, b, a, alpha=s), bias)

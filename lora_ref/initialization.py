@@ -285,7 +285,9 @@ def lora_ga(
     return _residual(W, c * Vh[:r], c * U[:, r : 2 * r], s)
 
 
-INITIALIZERS = dict(zip(NAMES, (kaiming, gaussian, zero_a, random, zero, orthogonal, pissa, lora_ga), strict=True))
+INITIALIZERS: dict[str, Callable[..., Init]] = dict(
+    zip(NAMES, (kaiming, gaussian, zero_a, random, zero, orthogonal, pissa, lora_ga), strict=True)
+)
 
 
 def _factors(W: Tensor, r: int, s: float, generator: torch.Generator | None) -> Callable[..., Tensor]:

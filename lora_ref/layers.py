@@ -43,7 +43,7 @@ class LoRALinear(LoRALayer):
     """
 
     base_type = nn.Linear
-    mirrored_attributes = ("in_features", "out_features")
+    mirrored_attributes: tuple[str, ...] = ("in_features", "out_features")
 
     def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

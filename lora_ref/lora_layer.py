@@ -55,7 +55,7 @@ class LoRALayer(nn.Module):
         ['lora_A', 'lora_B']
     """
 
-    base_type: type = nn.Module  # the class of the base
+    base_type: type[nn.Module] = nn.Module  # the class of the base
     mirrored_attributes: tuple[str, ...] = ()  # of the base's attributes that other code reads from a layer
 
     def __init__(

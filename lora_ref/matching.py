@@ -8,8 +8,8 @@ model.named_modules(), such as "model.layers.0.self_attn.q_proj".
 
 import dataclasses
 import re
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from ._checks import check_regex, did_you_mean
 from .config import LoRAConfig
 from .layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 
+Number = TypeVar("Number", int, float)
 PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern must match
 
 
@@ -60,6 +61,13 @@ def lora_layer_class(module: nn.Module) -> type[LoRALayer] | None:
         return LoRAConv1D
     classes = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
     return next((layer_class for base, layer_class in classes.items() if isinstance(module, base)), None)
+
+
+def _planned_layer_class(module: nn.Module) -> type[LoRALayer]:
+    """The class of LoRA layer of a module that a plan targets, which has one: plan_lora refuses any other."""
+    layer_class = lora_layer_class(module)
+    assert layer_class is not None, f"{type(module).__name__} is in a plan and has no LoRA layer"
+    return layer_class
 
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -190,6 +198,6 @@ def _pattern_matches(key: str, path: str) -> bool:
     return re.match(PATTERN.format(key), path) is not None
 
 
-def _from_pattern(pattern: dict[str, float], path: str, default: float) -> float:
+def _from_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
     """The value of the first key that matches the path."""
     return next((value for key, value in pattern.items() if _pattern_matches(key, path)), default)

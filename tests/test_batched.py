@@ -178,7 +178,7 @@ def test_single_adapter_gives_the_ordinary_model_and_restores_everything(tmp_pat
         [single_model(e)(x).sum().item() for e in range(3)]
     )
     with pytest.raises(ZeroDivisionError), single_adapter(model, 1):
-        1 / 0
+        raise ZeroDivisionError
     close(model(x[:3]), batched_model()(x[:3]))
 
 

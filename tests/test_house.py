@@ -162,7 +162,7 @@ def lesson_imports():
 
 
 def public_names():
-    """(module, name): the core's names without an underscore, and what a lesson, a package's head or another room imports.
+    """(module, name): the core's names without an underscore, and what a lesson, a package or another room imports.
 
     A module that begins with an underscore, and a name that does, is its room's own affair.
     """
@@ -210,7 +210,7 @@ def sections(docstring: str) -> dict[str, str]:
 
 
 def arguments(node) -> list[str]:
-    """What a caller passes to a function, or to a class: its __init__'s arguments, or a dataclass's or tuple's fields."""
+    """What a caller passes to a function or a class: its __init__'s arguments, a dataclass's or tuple's fields."""
     if isinstance(node, ast.ClassDef):
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None:

@@ -1,6 +1,7 @@
 """The bytes alive during the backward of a step, and the most there are at any moment (`Memory`)."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -24,7 +25,7 @@ class Memory:
         self._gradients: dict[Value, int] = {}  # bytes of ∂L/∂value, where it is alive
         self._trained: set[nn.Parameter] = set()  # parameters that have their gradient
 
-    def keep(self, nodes: list[Node]) -> None:
+    def keep(self, nodes: Sequence[Node]) -> None:
         """What these operations keep in their forward comes to life."""
         for node in nodes:
             for value in node.saved:
@@ -32,7 +33,7 @@ class Memory:
                     self.live += value.bytes
                 self._users[value] += 1
 
-    def backward(self, nodes: list[Node]) -> None:
+    def backward(self, nodes: Sequence[Node]) -> None:
         """Each operation in turn, the last first: the gradients of its inputs come, then the gradient of its output
         goes, and what it kept."""
         for node in reversed(nodes):

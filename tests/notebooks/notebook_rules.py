@@ -302,7 +302,7 @@ def ledger_problems(notebooks: dict[str, Path | NotebookNode], ledger: dict) -> 
     """Where the lessons (stem → notebook) and the ledger disagree, in both directions."""
     found, claimed = [], set()
     for stem, notebook in notebooks.items():
-        for cell, id in [(cell, id) for cell in read(notebook, stem).code for id in cell.claims if id]:
+        for cell, id in [(one, id) for one in read(notebook, stem).code for id in one.claims if id]:
             claimed.add((id, stem))
             if id not in ledger:
                 found.append(f"{stem}, {cell}: unknown id — {id!r} is not in claims.toml; add it there, or mend the id")
