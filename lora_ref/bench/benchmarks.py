@@ -39,6 +39,30 @@ class Benchmark(NamedTuple):
     on_request: bool = False
 
 
+class Job(NamedTuple):
+    """One case of one benchmark; `position` is its place in the benchmark's table."""
+
+    name: str
+    benchmark: Benchmark
+    position: int
+    case: Any
+
+    @property
+    def group(self) -> str:
+        """Cases of one group differ in size only."""
+        return getattr(self.case, "group", "")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the case's products."""
+        return getattr(self.case, "dtype", torch.float32)
+
+    def __str__(self) -> str:
+        if hasattr(self.case, "_asdict"):
+            return ", ".join(f"{name} {value}" for name, value in self.case._asdict().items()).replace("torch.", "")
+        return "×".join(map(str, self.case)) if isinstance(self.case, tuple) else str(self.case)
+
+
 BENCHMARKS = {
     "layer": Benchmark(
         layer.measure_layer,
@@ -47,6 +71,7 @@ BENCHMARKS = {
         layer.LAYERS,
         default_cases=len(layer.DEFAULT_LAYERS),
         draw=layer.draw_layer,
+        setup_seconds=3,
     ),
     "layer_memory": Benchmark(
         layer_memory.measure_memory,
@@ -55,6 +80,7 @@ BENCHMARKS = {
         layer.LAYERS,
         default_cases=len(layer.DEFAULT_LAYERS),
         draw=layer_memory.draw_memory,
+        setup_seconds=3,
         has_rounds=False,
     ),
     "model": Benchmark(
@@ -90,3 +116,12 @@ BENCHMARKS = {
         xlabel="parameters, D",
     ),
 }
+
+
+def choose(benchmarks: dict[str, Benchmark], size: str) -> list[Job]:
+    """The cases of a run of size "quick", "default" or "full"."""
+    jobs = []
+    for name, benchmark in benchmarks.items():
+        end = {"quick": 1, "default": benchmark.default_cases, "full": None}[size]
+        jobs += [Job(name, benchmark, position, case) for position, case in enumerate(benchmark.cases[:end])]
+    return jobs

@@ -31,10 +31,10 @@ import torch
 
 from .._files import atomic_write, write_json
 from . import report
-from .benchmarks import BENCHMARKS
+from .benchmarks import BENCHMARKS, choose
 from .compiled import no_compiler
 from .hardware import emulated_dtypes
-from .schedule import Outcome, choose, run, without_emulated
+from .schedule import Outcome, run, without_emulated
 
 DEFAULT_BUDGET = 300.0  # seconds
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends

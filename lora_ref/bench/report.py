@@ -12,8 +12,8 @@ import torch
 
 from ..environment import environment, load
 from ..measure import quartiles
-from .benchmarks import Benchmark
-from .schedule import Job, LeftOut
+from .benchmarks import Benchmark, Job
+from .schedule import LeftOut
 
 NOT_SHOWN = ("size", "seconds")
 

@@ -77,3 +77,22 @@ def test_a_gpu_is_asked_without_emulation(supported, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     expected = {} if supported else {torch.bfloat16: "Tesla T4 has no bfloat16 products"}
     assert emulated_dtypes(CUDA) == expected and asked == [False]
+
+
+@pytest.mark.parametrize("flags, emulated", [("fpu avx2 fma", True), ("avx2 avx512_bf16", False), (None, False)])
+def test_proc_cpuinfo_is_read_where_torch_does_not_tell(flags, emulated, monkeypatch, tmp_path):
+    for name in ("get_capabilities", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.setattr("lora_ref.bench.hardware.CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    found = emulated_dtypes(CPU)
+    assert (torch.bfloat16 in found) == emulated
+    assert all("avx512_bf16, amx_bf16" in reason for reason in found.values())
+
+
+def test_older_torch_answers_by_single_questions(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert emulated_dtypes(CPU) == {}

@@ -4,9 +4,8 @@ import io
 
 from PIL import Image
 
-from lora_ref.bench.benchmarks import Benchmark
+from lora_ref.bench.benchmarks import Benchmark, Job
 from lora_ref.bench.report import RowPrinter, cell, fewer_rounds_line, machine, machine_line, picture, table
-from lora_ref.bench.schedule import Job
 
 RATIO = {"q1": 0.5, "median": 1.25, "q3": 2.0}
 
