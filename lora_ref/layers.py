@@ -6,6 +6,8 @@ Each class says how its base's weight is a matrix W0 (d, k) and how a weight is 
 common is in `lora_layer.LoRALayer`.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class LoRALinear(LoRALayer):
     """
 
     base_type = nn.Linear
-    mirrored_attributes: tuple[str, ...] = ("in_features", "out_features")
+    mirrored_attributes: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
 
     def base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

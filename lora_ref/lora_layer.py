@@ -4,7 +4,7 @@
 a matrix W0 (d, k) and how a weight is applied to an input; the rest is here.
 """
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class LoRALayer(nn.Module):
     """
 
     base_type: type[nn.Module] = nn.Module  # the class of the base
-    mirrored_attributes: tuple[str, ...] = ()  # of the base's attributes that other code reads from a layer
+    mirrored_attributes: ClassVar[tuple[str, ...]] = ()  # of the base's attributes that other code reads from a layer
 
     def __init__(
         self,

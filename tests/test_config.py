@@ -16,6 +16,7 @@ from torch import nn
 import lora_ref
 from lora_ref.config import INITIALIZERS, LoRAConfig, scale
 
+PACKAGE = Path(lora_ref.__file__).parent
 MODULES = sorted(Path(lora_ref.__file__).parent.rglob("*.py"))
 FIELDS = [field.name for field in dataclasses.fields(LoRAConfig)]
 
@@ -126,7 +127,7 @@ def divisions_of_alpha(source):
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
 def test_the_scale_is_computed_in_config_and_nowhere_else(module):
     found = divisions_of_alpha(module.read_text(encoding="utf-8"))
-    assert bool(found) == (module.name == "config.py"), found
+    assert bool(found) == (module == PACKAGE / "config.py"), found
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_integer
+from ..._checks import check_integer, check_positive
 from ...measure import peak_bytes
 from .history import Diverged, Progress
 from .schedule import lr_factor
@@ -38,9 +38,7 @@ class TrainSettings:
         checked["gradient_accumulation_steps"] = check_integer(
             self.gradient_accumulation_steps, "gradient_accumulation_steps", 1
         )
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr = {self.lr!r} is out of range; choose a positive number, such as 1e-3")
-        for name, value in checked.items():
+        for name, value in (checked | {"lr": check_positive(self.lr, "lr", "such as 1e-3")}).items():
             object.__setattr__(self, name, value)
 
 

@@ -1,4 +1,4 @@
-"""course/finetune.py: the whole way from a command to a record, on models of a few kilobytes."""
+"""finetune: the whole way from a command to a record, on models of a few kilobytes."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from lora_ref import load_adapter
-from lora_ref.course.finetune import command_line, finetune, tasks
+from lora_ref.course.finetune import command_line, finetune, tasks, trial
 from lora_ref.course.finetune import experiment as module
 from lora_ref.course.finetune.command_line import main
 from lora_ref.course.finetune.hub import load_model
 from lora_ref.course.finetune.profiles import profile as named
 from lora_ref.course.finetune.records import check_record, load_record
 from lora_ref.course.finetune.settings import to_profile
+from lora_ref.course.finetune.tasks import data_to_text
 from tests.course.finetune.tiny_models import e2e, llama, mrpc, roberta, sst2
 
 SMALL = {
@@ -211,7 +212,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_
         (command_line, "arguments"),
         (module, "load_tokenizer"),
         (module, "make_task"),
-        (tasks, "bleu"),
+        (data_to_text, "bleu"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, what, interrupted)
@@ -219,7 +220,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_is_lost_and_later_
         assert capsys.readouterr().err == early
         assert (tmp_path / "run").exists() == (what == "bleu")  # the base's scores: the first that is written
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_adapter", interrupted)  # the second arm's: the first has none
+        patch.setattr(trial, "save_adapter", interrupted)  # the second arm's: the first has none
         assert main(argv(tmp_path / "run", model=model)) == 130
     said = f"interrupted between two steps; {tmp_path / 'run'} holds what was done, and the same command resumes"
     assert capsys.readouterr().err == f"\n{said}\n"

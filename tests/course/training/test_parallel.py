@@ -16,7 +16,7 @@ from lora_ref.course.training.loop import _shown
 
 F64 = torch.float64
 RANKS, ALPHAS, SEEDS = (2, 3, 1), (5.0, 4.0, 2.5), (0, 7, 7)
-RATES = (0.01, 0.05, 0.002)
+LRS = (0.01, 0.05, 0.002)
 STEPS = 9
 
 
@@ -75,7 +75,7 @@ def losses_of(model, t, e):
 
 
 def side_by_side(model, t):
-    x, target = (torch.cat(parts) for parts in zip(*(losses_of(model, t, e) for e in range(3))))
+    x, target = (torch.cat(parts) for parts in zip(*(losses_of(model, t, e) for e in range(3)), strict=True))
     return (model(x) - target).square().view(3, -1).mean(1)
 
 
@@ -90,15 +90,15 @@ def single(e):
 OPTIONS = {"warmup_steps": 2, "weight_decay": 0.3, "max_grad_norm": 0.5, "eval_steps": 4}
 
 
-def trained_together(model=None, loss=side_by_side, rates=RATES, **options):
+def trained_together(model=None, loss=side_by_side, lrs=LRS, **options):
     model = model or together()
-    groups = [{"params": adapter_parameters(model, e), "lr": rates[e]} for e in range(3)]
+    groups = [{"params": adapter_parameters(model, e), "lr": lrs[e]} for e in range(3)]
     return model, train(model, loss, STEPS, 1.0, param_groups=groups, **OPTIONS | options)
 
 
 def trained_alone(e, model=None, **options):
     model = model or alone(e)
-    return model, train(model, single(e), STEPS, RATES[e], **OPTIONS | options)
+    return model, train(model, single(e), STEPS, LRS[e], **OPTIONS | options)
 
 
 def check(model, history, members=(0, 1, 2), tolerance=1e-10, dtype=F64):
@@ -106,7 +106,7 @@ def check(model, history, members=(0, 1, 2), tolerance=1e-10, dtype=F64):
     for e in members:
         expected, own = trained_alone(e, alone(e, base=network().to(dtype)))
         assert history.member(e).losses == pytest.approx(own.losses, rel=tolerance)
-        for a, b in zip(adapter_parameters(model, e), lora_parameters(expected).values()):
+        for a, b in zip(adapter_parameters(model, e), lora_parameters(expected).values(), strict=True):
             close(a, b, tolerance)
 
 
@@ -126,7 +126,7 @@ def test_trained_together_they_end_as_each_does_alone():
 def test_so_they_do_where_a_step_is_done_in_parts(dtype, tolerance):
     def loss(model, t, part):
         mine = [[v[part::2] for v in losses_of(model, t, e)] for e in range(3)]
-        x, target = (torch.cat(parts) for parts in zip(*mine))
+        x, target = (torch.cat(parts) for parts in zip(*mine, strict=True))
         return (model(x) - target).square().view(3, -1).mean(1) / 2
 
     model, history = trained_together(together(base=network().to(dtype)), loss, gradient_accumulation_steps=2)
@@ -143,7 +143,7 @@ def test_an_evaluation_of_each_adapter_is_in_each_ones_curve():
         assert [v for _, v in found] == pytest.approx([v for _, v in own.evaluations], rel=1e-9)
 
 
-@pytest.mark.parametrize("how", ["rate", "nan", "gradient"])
+@pytest.mark.parametrize("how", ["lr", "nan", "gradient"])
 def test_one_that_diverges_does_not_disturb_the_others(how):
     def loss(model, t):
         values = side_by_side(model, t)
@@ -153,29 +153,29 @@ def test_one_that_diverges_does_not_disturb_the_others(how):
             return torch.stack([values[0], values[1] + (values[1] * 0).sqrt(), values[2]])
         return values
 
-    rates = (RATES[0], 1e200, RATES[2]) if how == "rate" else RATES
-    model, history = trained_together(loss=loss, rates=rates)
+    lrs = (LRS[0], 1e200, LRS[2]) if how == "lr" else LRS
+    model, history = trained_together(loss=loss, lrs=lrs)
     lost = [losses[1] for losses in history.losses]
     assert not all(torch.isfinite(torch.tensor(lost)))
     check(model, history, (0, 2))
-    if how == "nan":  # it rests where it was: a step more would have made it NaN
+    if how == "nan":  # it is no longer updated: one more step would have made it NaN
         assert lost[:3] == pytest.approx(trained_alone(1)[1].losses[:3])
         assert all(torch.isfinite(p).all() for p in adapter_parameters(model, 1))
 
 
-def test_when_none_is_left_the_run_stops_and_says_what_each_ones_losses_were(tmp_path):
+def test_when_none_is_left_the_run_stops_and_the_error_has_the_losses_of_each(tmp_path):
     def loss(model, t):
         return side_by_side(model, t) * torch.tensor([float("inf") if t >= at else 1.0 for at in (2, 5, 3)])
 
     with pytest.raises(Diverged, match="all 3 runs have diverged at step 5; lower lr \\(0.01, 0.05, 0.002\\)") as error:
         trained_together(loss=loss, checkpoint_path=tmp_path / "run.pt")
     assert isinstance(error.value, FloatingPointError) and "after step 4" in str(error.value)
-    curves = list(zip(*error.value.losses))
+    curves = list(zip(*error.value.losses, strict=True))
     assert [fault(enumerate(c)) for c in curves] == [f"the loss is inf at step {t}" for t in (2, 5, 3)]
     assert fault(enumerate(curves[0][:2])) is None
 
 
-def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tmp_path):
+def test_interrupted_they_resume_bit_for_bit_and_one_that_diverged_is_still_not_updated(tmp_path):
     def loss(model, t):
         return side_by_side(model, t) * torch.tensor([1.0, 1.0, float("nan") if t == 2 else 1.0])
 
@@ -194,13 +194,15 @@ def test_interrupted_they_go_on_bit_for_bit_and_one_that_diverged_still_rests(tm
     model, history = trained_together(together(configs), loss, checkpoint_path=tmp_path / "run.pt", eval_steps=100)
     assert history.resumed_at == 5 and str(history.losses) == str(expected.losses)
     for e in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(adapter_parameters(model, e), adapter_parameters(whole, e)))
+        assert all(
+            torch.equal(a, b) for a, b in zip(adapter_parameters(model, e), adapter_parameters(whole, e), strict=True)
+        )
 
 
-def test_a_checkpoint_of_the_same_adapters_at_other_rates_is_refused(tmp_path, refused):
+def test_a_checkpoint_of_the_same_adapters_at_other_learning_rates_is_refused(tmp_path, refused):
     file = tmp_path / "run.pt"
     trained_together(checkpoint_path=file)
-    refused(lambda: trained_together(checkpoint_path=file, rates=RATES[::-1]), "of another run: lrs differ")
+    refused(lambda: trained_together(checkpoint_path=file, lrs=LRS[::-1]), "of another run: lrs differ")
 
 
 def test_the_bar_shows_the_best_loss_of_those_that_have_one():
@@ -212,7 +214,7 @@ def test_the_bar_shows_the_best_loss_of_those_that_have_one():
 
 
 class Pretended:
-    """An accelerator that says something else of itself."""
+    """An accelerator with some other attributes."""
 
     def __init__(self, **others):
         from accelerate import Accelerator
@@ -227,6 +229,6 @@ def test_losses_that_are_not_one_for_each_group_in_one_process_are_refused(refus
     refused(lambda: trained_together(loss=lambda model, t: side_by_side(model, t)[:2]), "shape (2,)", "3 group(s)")
     refused(lambda: train(alone(0), lambda model, t: model(randn(4, 6)).sum(1), 3, 0.1), "shape (4,)", "1 group(s)")
     for others in ({"num_processes": 2}, {"scaler": object()}):
-        refused(lambda: trained_together(accelerator=Pretended(**others)), "one process and bf16 or fp32")
+        refused(lambda others=others: trained_together(accelerator=Pretended(**others)), "one process and bf16 or fp32")
     model, history = trained_together(accelerator=Pretended())
     check(model, history)
